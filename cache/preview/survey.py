@@ -48,6 +48,7 @@ NUM_COMPARED = 200_000  # files whose sizes are compared, to find equal ones
 NUM_TAGGED = 1_000_000  # records whose tags are counted
 NUM_MEASURED = 20_000  # captions whose tokens are counted
 MAX_TAG_LETTERS = 80
+RECORDS_AT_ONCE = 8192
 MAX_LISTED = 10_000  # findings of a kind that are listed
 
 
@@ -334,10 +335,10 @@ def count_tags(records: Index, settings: CaptionSettings, limit: int) -> TagCoun
     """Count the tags in the captions of at most `limit` records, with aliases and implications applied."""
     separator = settings.separator
     counts: Counter[str] = Counter()
-    rows = pa.array(select_keyed(len(records), limit, 0))
+    rows = select_keyed(len(records), limit, 0)
     num_captions = 0
-    for chunk in records.arrow_column("record").take(rows).chunks:
-        for content in chunk.to_pylist():
+    for start in range(0, len(rows), RECORDS_AT_ONCE):
+        for content in records.read_contents(rows[start : start + RECORDS_AT_ONCE]):
             caption = read_caption_fields(orjson.loads(content), TAG_FIELDS, separator)
             tags = {tag[:MAX_TAG_LETTERS] for tag in list_tags(caption, settings)}
             num_captions += bool(tags)

@@ -189,6 +189,6 @@ def tabulate_captions(dataset: LatentDataset) -> DataTable:
     """Build the table of a few samples' captions, as drawn in the first epochs."""
     rows = select_evenly(len(dataset.index), NUM_SHOWN)
     drawn = [show_captions(dataset, rows, epoch) for epoch in range(NUM_DRAWS)]
-    keys = (str(dataset.index.arrow_column("key")[row]) for row in rows.tolist())
+    keys = (str(dataset.index.row(row)["key"]) for row in rows.tolist())
     lines = list(zip(keys, *drawn, strict=True))
     return DataTable("captions", ("sample", *(f"epoch {epoch}" for epoch in range(NUM_DRAWS))), lines)

@@ -253,7 +253,7 @@ def _read_any_header(row: dict[str, Any], folder: Path, index_folder: Path) -> L
 
 def _list_latents(index: Index, folder: Path, start: int, number: int = ROWS_A_TASK) -> Iterator[IndexedLatents]:
     """Yield the latents of `number` rows of the index from `start` on."""
-    columns = [index.arrow_column(name).slice(start, number).to_pylist() for name in COLUMNS]
+    columns = [index.arrow_column(name, start, number).to_pylist() for name in COLUMNS]
     paths: dict[str, Path | str] = {}
     for file, offset, size, width, height, digest in zip(*columns, strict=True):
         path = paths.get(file)

@@ -57,9 +57,9 @@ def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
             f"{num_bad} of {num_samples} latents are bad, more than data.max_bad_fraction = {limit:g} allows; "
             f"the first: {first}"
         )
-        is_listed = index.arrow_column("sha256").is_valid()
-        listed = [reason for row, reason in bad if is_listed[row].as_py()]
-        found = [reason for _, reason in summary.bad] + [reason for row, reason in bad if not is_listed[row].as_py()]
+        is_listed = index.has_values("sha256")
+        listed = [reason for row, reason in bad if is_listed[row]]
+        found = [reason for _, reason in summary.bad] + [reason for row, reason in bad if not is_listed[row]]
         raise TooManyBadError(rule, f"{describe_bad_cure(found, listed)}; or raise data.max_bad_fraction", log)
     file = get_left_out_file(config.run.folder, index)
     is_damaged = file.is_file() and _read_rows(file, len(index)) is None

@@ -1,158 +1,47 @@
-"""The index: memory-mapped Arrow files of all records, and of the samples that join records with their latents.
+"""The index: memory-mapped files of all records, and of the samples that join records with their latents.
 
-Processes that open an index share its pages, and no Python object is kept for a row. The name of each file holds a
-fingerprint of the sources: if a source has changed, a new index is built; if not, the existing one is opened. A process
+Processes that open an index share its pages, and no Python object is kept for a row. An index has a small head, whose
+name holds a fingerprint of the sources, and parts, whose names hold fingerprints of theirs. If a source has changed, a
+new head is built from the parts that have not changed and from new ones; if not, the existing head is opened. A process
 that finds no index builds one under a temporary name. Several processes may do so at once, which costs only time.
-Checksums at the end of the file show damage, and a damaged index is built again.
+Checksums at the end of each file show damage, and a damaged file is built again.
 """
 
 import fcntl
 import gc
 import hashlib
-import mmap
 import os
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import cached_property
-from itertools import accumulate
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import numpy as np
 import orjson
 import pyarrow as pa
-import pyarrow.compute as pc
-from loguru import logger
 
+from sdxl_trainer.configs.problems import MAX_PROBLEMS
 from sdxl_trainer.data.allocator import keep_freed_memory, release_freed_memory
-from sdxl_trainer.data.files import open_atomic, remove_leftovers
+from sdxl_trainer.data.files import remove_leftovers
 from sdxl_trainer.data.formats.manifest import get_refused_file, list_manifest_parts, read_refused
 from sdxl_trainer.data.images.image_files import walk_images
 from sdxl_trainer.data.images.skipped_files import SkippedFiles
-from sdxl_trainer.data.index.checksums import (
-    DamagedIndexError,
-    append_checksums,
-    count_content_bytes,
-    verify_checksums,
-)
-from sdxl_trainer.data.index.join import ALL_LATENTS, JoinSummary, LatentSelection, iterate_sample_rows, join_latents
-from sdxl_trainer.data.index.schema import SAMPLE_SCHEMA
-from sdxl_trainer.data.metadata.blocks import build_block
+from sdxl_trainer.data.index.index_file import IndexFile, open_undamaged, write_index_file
+from sdxl_trainer.data.index.join import ALL_LATENTS, LatentSelection, join_latents
+from sdxl_trainer.data.index.key_hash import has_equal_keys
+from sdxl_trainer.data.index.record_parts import RecordPart, RecordParts, group_files, write_record_part
+from sdxl_trainer.data.index.rows import Index
+from sdxl_trainer.data.index.sample_rows import write_sample_index
+from sdxl_trainer.data.index.schema import PARTS, VERSION
+from sdxl_trainer.data.metadata.blocks import RecordBlock, build_block, read_blocks
 from sdxl_trainer.data.metadata.merge import merge_sources, verify_unique_keys
-from sdxl_trainer.data.metadata.records import (
-    RECORD_SCHEMA,
-    ImageFinder,
-    Record,
-    build_record_rows,
-    parse_record,
-    read_image_folders,
-)
-from sdxl_trainer.data.metadata.sources import list_source_files
+from sdxl_trainer.data.metadata.records import ImageFinder, build_record_rows, read_image_folders
+from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, detect_format, list_source_files
 from sdxl_trainer.data.metadata.sqlite_file import list_changing_files
-from sdxl_trainer.data.stores.remote_sources import fetch_sources, show_urls_in_errors
+from sdxl_trainer.data.stores.remote_sources import LocalSources, fetch_sources, show_urls_in_errors
 
-VERSION = 17  # part of every fingerprint: raise it when the columns or their meaning change
-ROWS_PER_GROUP = 8192
-KEPT_FILES = 3  # indexes of each kind that are kept, besides those in use
+KEPT_FILES = 3  # heads of each kind that are kept, besides those in use
 NS_BETWEEN_USES = 1_000_000_000  # modification times may have a resolution of a second
-BUCKET_COLUMNS = ("bucket_width", "bucket_height")
-
-
-class ShardGroups(NamedTuple):
-    """Rows of an index by the shard that holds their latents."""
-
-    shard_of_row: np.ndarray  # [N] int64 number of each row's shard
-    names: list[str]  # name of each number, sorted
-
-
-class Index:
-    """An open index. While it is open, no process deletes its file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self._lock = os.open(path, os.O_RDONLY)
-        fcntl.flock(self._lock, fcntl.LOCK_SH)
-        self._map = mmap.mmap(self._lock, 0, prot=mmap.PROT_READ)
-        content = memoryview(self._map)
-        self.table = pa.ipc.open_file(pa.py_buffer(content[: count_content_bytes(content)])).read_all()
-        self._names, groups = self.table.column_names, self.table.to_batches()
-        self._ends = list(accumulate(map(len, groups)))
-        self._columns_of_group = [group.columns for group in groups]
-
-    def __del__(self) -> None:
-        if hasattr(self, "_lock"):
-            os.close(self._lock)
-
-    def __len__(self) -> int:
-        return self.table.num_rows
-
-    def __reduce__(self) -> tuple:
-        return (Index, (self.path,))  # a worker maps the file itself instead of receiving a copy
-
-    def row(self, number: int) -> dict[str, Any]:
-        """Return all columns of a row."""
-        # Read from the columns of one group: a column of the whole table searches hundreds of groups for each value.
-        group = bisect_right(self._ends, number)
-        at = number - (self._ends[group - 1] if group else 0)
-        columns = zip(self._names, self._columns_of_group[group], strict=True)
-        return {name: column[at].as_py() for name, column in columns}
-
-    def record(self, number: int) -> Record:
-        """Return the whole record of a row."""
-        return parse_record(self.row(number))
-
-    def record_json(self, number: int) -> bytes:
-        """Return the whole record of a row as JSON, for files whose readers have no index."""
-        return orjson.dumps(self.record(number))
-
-    def column(self, name: str) -> np.ndarray:
-        """Return a numeric column, [N]."""
-        return self.table.column(name).to_numpy()
-
-    def arrow_column(self, name: str) -> pa.ChunkedArray:
-        """Return a column of any type; its values stay in the mapped file."""
-        return self.table.column(name)
-
-    def group_by_shard(self) -> ShardGroups:
-        """Group the rows by the shard that holds their latents. All npz files together count as the shard ""."""
-        names = pc.call_function(
-            "if_else", [self.arrow_column("offset").is_valid(), self.arrow_column("file"), pa.scalar("")]
-        )
-        encoded = pa.concat_arrays(names.chunks).dictionary_encode()
-        dictionary = encoded.dictionary.to_pylist()
-        numbers = np.argsort(np.argsort(np.array(dictionary, object)))
-        return ShardGroups(numbers[encoded.indices.to_numpy()], sorted(dictionary))
-
-    @cached_property
-    def summary(self) -> JoinSummary:
-        """Counts and findings of the join that built a sample index."""
-        return JoinSummary.from_metadata(self.table.schema.metadata)
-
-    @property
-    def fingerprint(self) -> str:
-        """Hash of the sources that the index was built from, the end of its file name."""
-        return self.path.stem.rsplit("-", 1)[-1]
-
-    def hash_rows(self) -> str:
-        """Hash all keys and buckets in their order.
-
-        They decide which sample a plan's row number means: a resumed run has the same order of batches as long as the
-        hash stays the same. The location of the data and all other columns do not affect the hash.
-        """
-        digest = hashlib.sha256()
-        for chunk in self.table.column("key").chunks:
-            _, offsets, letters = chunk.buffers()
-            places = np.frombuffer(offsets, np.int32, len(chunk) + 1, 4 * chunk.offset) if len(chunk) else np.zeros(1)
-            digest.update(np.diff(places).tobytes())
-            digest.update(memoryview(letters or b"")[int(places[0]) : int(places[-1])])
-        for name in BUCKET_COLUMNS:
-            digest.update(self.column(name).tobytes())
-        return digest.hexdigest()[:16]
-
-    def release_pages(self) -> None:
-        """Drop the pages read so far. All processes share them, but they count as each process' own memory."""
-        self._map.madvise(mmap.MADV_DONTNEED)
+LOCK_FILE = "lock"  # shared by processes that build parts
 
 
 def open_record_index(
@@ -185,20 +74,94 @@ def open_record_index(
         skipped.report(folder / "index")
     # With metadata, folders only serve to find images.
     sources = [changing for file in files for changing in list_changing_files(file)] or sidecars
+    settings = [*map(str, image_dirs), images_hash, separator, *map(str, regularisation_dirs)]
+    settings += [f"{masks=}"] if masks else []  # a folder of masks changes the keys of images that share a stem
+    settings += ["kohya_folders"] if kohya_folders else []
     counts = [str(len(source.files)) for source in local]
-    words = [*map(str, [*files, *image_dirs]), *counts, images_hash, separator, *map(str, regularisation_dirs)]
-    words += [f"{masks=}"] if masks else []  # a folder of masks changes the keys of images that share a stem
-    words += ["kohya_folders"] if kohya_folders else []
-    path = folder / "index" / f"records-{_fingerprint(sources, words)}.arrow"
+    fingerprint = _fingerprint(sources, [*map(str, files), *counts, *settings])
+    path = folder / "index" / f"records-{fingerprint}.arrow"
     index = _open_existing(path)
-    if index is None:
-        groups = [source.files for source in local]
-        images = read_image_folders(image_dirs, regularisation_dirs, masks, kohya_folders)
-        blocks = merge_sources(groups, path.parent, image_dirs) if metadata else map(build_block, images)
-        finder = ImageFinder(image_dirs, masks)
-        with show_urls_in_errors(local):
-            _write(path, RECORD_SCHEMA, (build_record_rows(block, finder, separator) for block in blocks))
-    return index or Index(path)
+    if index is not None:
+        return index
+    with _build_parts(path):
+        builder = _RecordBuilder(folder / "index", image_dirs, separator, masks, settings)
+        if metadata:
+            with show_urls_in_errors(local):
+                parts, lengths = builder.build_from_files(local, fingerprint)
+        else:
+            images = read_image_folders(image_dirs, regularisation_dirs, masks, kohya_folders)
+            parts, lengths = builder.build_whole(fingerprint, lambda: map(build_block, images))
+        _write_record_head(path, parts, lengths)
+        index = Index(path)
+    _clean_up(path)
+    return index
+
+
+@dataclass(frozen=True)
+class _RecordBuilder:
+    """Builds the parts of a record index.
+
+    Attributes:
+        settings: everything besides the files that decides the records.
+    """
+
+    folder: Path
+    image_dirs: list[Path]
+    separator: str
+    masks: str | None
+    settings: list[str]
+
+    def build_from_files(self, sources: Sequence[LocalSources], fingerprint: str) -> tuple[list[RecordPart], list[int]]:
+        """Build the parts of metadata files. Sources that have keys in common are merged into one part.
+
+        Returns:
+            The parts, and the numbers of records that the readers returned at once.
+
+        Raises:
+            ValueError: malformed metadata (the error names the first fault of each file), or a source has a key twice.
+        """
+        faults: list[ValueError] = []
+        finder = ImageFinder(self.image_dirs, self.masks)
+        groups = [(number, group) for number, source in enumerate(sources) for group in group_files(source.files)]
+        parts = [RecordPart(self._name_part(files), number) for number, files in groups]
+        for part, (_, files) in zip(parts, groups, strict=True):
+            try:
+                self._build(part.name, lambda files=files: _read_files(files), finder, _has_places(files))
+            except ValueError as error:
+                faults.append(error)
+        if faults:
+            raise faults[0] if len(faults) == 1 else ValueError("\n      ".join(map(str, faults[:MAX_PROBLEMS])))
+        rows = _open_parts(self.folder, parts)
+        if len(sources) == 1:
+            _verify_unique_keys(rows)
+        elif has_equal_keys(rows.hashes):
+            files = [source.files for source in sources]
+            return self.build_whole(fingerprint, lambda: merge_sources(files, self.folder, self.image_dirs))
+        return parts, rows.lengths if len(sources) == 1 else _split_evenly(len(rows))
+
+    def build_whole(
+        self, fingerprint: str, read: Callable[[], Iterable[RecordBlock]]
+    ) -> tuple[list[RecordPart], list[int]]:
+        """Build one part of all sources."""
+        part = RecordPart(f"records-{fingerprint}.arrow", 0)
+        self._build(part.name, read, ImageFinder(self.image_dirs, self.masks), with_places=True)
+        rows = _open_parts(self.folder, [part])
+        _verify_unique_keys(rows)
+        return [part], rows.lengths
+
+    def _name_part(self, files: Sequence[Path]) -> str:
+        words = ["part", *map(os.path.abspath, files), os.getcwd(), *self.settings]
+        changing = [changed for file in files for changed in list_changing_files(file)]
+        return f"records-{_fingerprint(changing, words)}.arrow"
+
+    def _build(
+        self, name: str, read: Callable[[], Iterable[RecordBlock]], finder: ImageFinder, with_places: bool
+    ) -> None:
+        """Build a part unless it exists."""
+        path = self.folder / PARTS / name
+        if open_undamaged(path) is None:
+            rows = (build_record_rows(block, finder, self.separator) for block in read())
+            write_record_part(path, rows, with_places)
 
 
 def open_sample_index(folder: Path, records: Index, selection: LatentSelection = ALL_LATENTS) -> Index:
@@ -217,34 +180,13 @@ def open_sample_index(folder: Path, records: Index, selection: LatentSelection =
             continue
         if _hash_folder_times(index.summary.watched) == index.fingerprint:
             return index
-    (folder / "index").mkdir(parents=True, exist_ok=True)
-    with _bulk_memory(), join_latents(folder, records.table, selection) as joined:
+    with _build_parts(folder / "index" / name):
+        joined = join_latents(folder, records.records, selection)
         path = folder / "index" / f"{name}-{_hash_folder_times(joined.summary.watched)}.arrow"
-        schema = SAMPLE_SCHEMA.with_metadata(joined.summary.to_metadata())
-        batches = iterate_sample_rows(joined, records.table, records.release_pages)
-        _write(path, schema, (batch.replace_schema_metadata(schema.metadata) for batch in batches))
-    return Index(path)
-
-
-def _write(path: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write an index and delete old ones.
-
-    Raises:
-        DuplicateKeyError: two records have one key.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _bulk_memory(), open_atomic(path) as file:
-        with pa.ipc.new_file(file, schema) as writer:
-            for batch in _regroup(batches):
-                writer.write_batch(batch)
-        file.flush()
-        # The keys of samples need no check: each is a record's key with the prefix of a resolution.
-        if schema == RECORD_SCHEMA:
-            table = pa.ipc.open_file(pa.memory_map(file.name)).read_all()
-            paths = table.column("image_path")
-            verify_unique_keys(table.column("key"), lambda row: str(paths[row]))
-        append_checksums(file)
+        write_sample_index(path, joined, records)
+        index = Index(path)
     _clean_up(path)
+    return index
 
 
 @contextmanager
@@ -265,28 +207,68 @@ def _bulk_memory() -> Iterator[None]:
             gc.enable()
 
 
-def _regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
-    """Yield the rows in batches of at least ROWS_PER_GROUP, because a file of many small batches opens slowly."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(map(len, waiting)) >= ROWS_PER_GROUP:
-            yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_batches(waiting)
+@contextmanager
+def _build_parts(path: Path) -> Iterator[None]:
+    """Keep other processes from deleting parts that no head names yet."""
+    (path.parent / PARTS).mkdir(parents=True, exist_ok=True)
+    remove_leftovers(path.parent / PARTS)
+    with open(path.parent / PARTS / LOCK_FILE, "ab") as lock, _bulk_memory():
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        yield
+
+
+def _read_files(files: Sequence[Path]) -> Iterator[RecordBlock]:
+    """Yield the records of files, and raise one error for the faults of all."""
+    faults: list[ValueError] = []
+    for file in files:
+        try:
+            yield from read_blocks(file)
+        except ValueError as error:
+            faults.append(error)
+    if faults:
+        raise faults[0] if len(faults) == 1 else ValueError("\n      ".join(map(str, faults[:MAX_PROBLEMS])))
+
+
+def _verify_unique_keys(rows: RecordParts) -> None:
+    """Verify that no key occurs twice.
+
+    Raises:
+        DuplicateKeyError: a key does.
+    """
+    if has_equal_keys(rows.hashes):
+        paths = rows.table.column("image_path")
+        verify_unique_keys(rows.table.column("key"), lambda row: str(paths[row]))
+
+
+def _write_record_head(path: Path, parts: Sequence[RecordPart], lengths: Sequence[int]) -> None:
+    description = {"parts": [[part.name, part.source] for part in parts], "lengths": lengths}
+    write_index_file(path, pa.schema([]), [], lambda: description)
+
+
+def _has_places(files: Sequence[Path]) -> bool:
+    """Return whether the records of files may lie in shards."""
+    return any(detect_format(file) in ("shard", "catalogue") for file in files)
+
+
+def _split_evenly(num_rows: int) -> list[int]:
+    """Return the numbers of records that the merge of sources returns at once."""
+    return [min(ROWS_AT_ONCE, num_rows - start) for start in range(0, num_rows, ROWS_AT_ONCE)]
 
 
 def _open_existing(path: Path) -> Index | None:
-    """Open an index; None if there is none, or if it is damaged. A damaged index is deleted."""
-    try:
-        verify_checksums(path)
-        index = Index(path)
-    except FileNotFoundError:  # also if another process deletes it
+    """Open an index; None if there is none, or if a file of it is damaged or lacks. Damaged files are deleted.
+
+    The records of an index of samples have been verified when their own index was opened.
+    """
+    head = open_undamaged(path)
+    if head is None:
         return None
-    except (DamagedIndexError, OSError) as error:
-        logger.warning("{}: the index is damaged and is built again: {}", path, error)
-        path.unlink(missing_ok=True)
+    names = _list_part_names(head)
+    if not all([open_undamaged(path.parent / PARTS / name) for name in names]):
+        return None
+    try:
+        index = Index(path)
+    except FileNotFoundError:  # another process deletes it
         return None
     _mark_used(path)
     return index
@@ -309,7 +291,10 @@ def _mark_used(path: Path) -> None:
 
 
 def _clean_up(path: Path) -> None:
-    """Delete indexes of the same kind, except this one, those used last, and those that a process has open."""
+    """Delete indexes of the same kind, except this one, those used last, and those that a process has open.
+
+    Then delete the parts that no index has, unless a process builds parts at the moment.
+    """
     _mark_used(path)
     uses = _list_uses(path)
     for file in sorted(uses, key=uses.__getitem__)[:-KEPT_FILES]:
@@ -317,6 +302,24 @@ def _clean_up(path: Path) -> None:
         with suppress(OSError), open(file, "r+b") as stream:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
             file.unlink()
+    with suppress(OSError), open(path.parent / PARTS / LOCK_FILE, "r+b") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        used: set[str] = set()
+        for head in path.parent.glob("*-*.arrow"):
+            with suppress(OSError, ValueError):  # damaged, or another process deletes it
+                used.update(_list_part_names(IndexFile(head)))
+        for part in (path.parent / PARTS).glob("*.arrow"):
+            if part.name not in used:
+                part.unlink(missing_ok=True)
+
+
+def _list_part_names(head: IndexFile) -> list[str]:
+    description = head.read_description()
+    return [*description.get("latents", ()), *(name for name, _ in description.get("parts", ()))]
+
+
+def _open_parts(folder: Path, parts: Sequence[RecordPart]) -> RecordParts:
+    return RecordParts([(folder / PARTS / part.name, part.source) for part in parts])
 
 
 def _hash_folder_times(folders: Sequence[str]) -> str:

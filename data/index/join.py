@@ -5,15 +5,14 @@ no manifest lists (unlisted_latents.py). With `cache.on_missing: encode` it plan
 (missing_latents.py).
 """
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import orjson
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -22,19 +21,23 @@ from sdxl_trainer.data.formats.latents import UnreadLatentError
 from sdxl_trainer.data.formats.manifest import read_refused
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
-from sdxl_trainer.data.index.listed_latents import open_listed_latents
+from sdxl_trainer.data.index.key_hash import Entries, KeyHashes, find_newest_entries, hash_keys
+from sdxl_trainer.data.index.latent_files import LatentFiles, pack_size, widen_sizes, write_latent_file
+from sdxl_trainer.data.index.listed_latents import build_listed_latents
 from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, PlannedLatents, plan_missing_latents
 from sdxl_trainer.data.index.moved_keys import find_moved_entries
+from sdxl_trainer.data.index.record_parts import RecordParts
+from sdxl_trainer.data.index.rows import add_prefix
 from sdxl_trainer.data.index.schema import (
     FOUND_SCHEMA,
-    LATENT_COLUMNS,
-    RECORD_COLUMNS,
-    SAMPLE_SCHEMA,
+    KEY_HASHES,
+    PARTS,
     BadSample,
     FoundLatents,
     build_found_batch,
     fits_columns,
 )
+from sdxl_trainer.data.index.summary import JoinSummary
 from sdxl_trainer.data.index.unlisted_latents import (
     LatentHeader,
     LatentLocation,
@@ -62,177 +65,126 @@ ALL_LATENTS = LatentSelection()
 
 
 @dataclass(frozen=True)
-class JoinSummary:
-    """Counts and findings of a join. The index stores them, each field as JSON under its name."""
-
-    num_wanted: int  # samples that should have latents: the selected records at each resolution
-    num_unlisted: int  # samples whose latents no manifest lists
-    num_uncached: int  # samples whose latents are encoded during training
-    num_assumed_sizes: int  # samples whose original size is unknown and taken to be their bucket's
-    other_sizes: str  # a message about records whose size is not their image's; "" if there are none
-    identities: dict[str, dict[str, int]]  # prefix → name of a cache identity → number of samples made under it
-    num_bad: int  # samples whose latents or image cannot be used
-    num_unread: int  # of them, those that the storage did not give, so that another join may find them whole
-    bad: list[BadSample]  # the first MAX_BAD of the bad ones
-    watched: list[str]  # folders that were searched for unlisted latents
-
-    def to_metadata(self) -> dict[str, bytes]:
-        """Return the summary as metadata of an Arrow schema."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: orjson.dumps(value) for name, value in {**values, "bad": list(map(list, self.bad))}.items()}
-
-    @classmethod
-    def from_metadata(cls, metadata: Mapping[bytes, bytes]) -> "JoinSummary":
-        """Return the summary that `to_metadata` stored."""
-        values = {field.name: orjson.loads(metadata[field.name.encode()]) for field in fields(cls)}
-        return cls(**{**values, "bad": [BadSample(*each) for each in values["bad"]]})
-
-
-@dataclass(frozen=True)
 class JoinedLatents:
     """The latents of each record at each resolution."""
 
-    latents: pa.Table  # the columns of LATENT_FIELDS
-    row_of_record: dict[str, np.ndarray]  # prefix → [N] int64 row of `latents`, -1 for none
+    files: list[Path]  # of latents, whose rows are numbered through all of them
+    latents: LatentFiles
+    row_of_record: dict[str, np.ndarray]  # prefix → [N] int32 row of `latents`, -1 for none
     summary: JoinSummary
 
 
-@contextmanager
-def join_latents(cache_folder: Path, records: pa.Table, selection: LatentSelection) -> Iterator[JoinedLatents]:
-    """Find the latents of all records. The tables lie in files that are deleted when the block ends."""
-    work, keys = cache_folder / "index", records.column("key")
+def join_latents(cache_folder: Path, records: RecordParts, selection: LatentSelection) -> JoinedLatents:
+    """Find the latents of all records."""
+    folder = cache_folder / "index" / PARTS
     wanted = {prefix: _select_records(records, selection.captioned_only, prefix) for prefix in selection.prefixes}
+    paths, parts = build_listed_latents(cache_folder, folder)
+    listed = LatentFiles(paths)
+    entries = _list_entries(listed, parts)
+    row_of_record = {
+        prefix: np.where(rows, find_newest_entries(_hash_with_prefix(records, prefix), entries), np.int32(-1))
+        for prefix, rows in wanted.items()
+    }
+    for prefix, rows in wanted.items():
+        missing = np.flatnonzero(rows & (row_of_record[prefix] < 0))
+        if len(missing) and _has_other_keys(listed, row_of_record, records.take("key", missing)):
+            row_of_record[prefix][missing] = _find_moved_latents(cache_folder, entries, records, prefix, missing)
+    identities = {prefix: listed.count_identities(rows[rows >= 0]) for prefix, rows in row_of_record.items()}
+    missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
+    search = _Search(records, missing, dict(selection.rules))
     with ExitStack() as stack:
-        listed = stack.enter_context(open_listed_latents(cache_folder, work))
-        row_of_record = {
-            prefix: np.where(rows, _find_newest_entries(listed, add_prefix(prefix, keys)), -1)
-            for prefix, rows in wanted.items()
-        }
-        for prefix, rows in wanted.items():
-            missing = np.flatnonzero(rows & (row_of_record[prefix] < 0))
-            row_of_record[prefix][missing] = _find_moved_latents(cache_folder, listed, records, prefix, missing)
-        identities = {prefix: _count_identities(listed, rows) for prefix, rows in row_of_record.items()}
-
-        missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
-        search = _Search(records, missing, dict(selection.rules))
+        work, first = cache_folder / "index", len(listed)
         found = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.iterate_unlisted(cache_folder)))
-        _assign_rows(row_of_record, found, len(listed))
-
+        _assign_rows(row_of_record, found, first)
         planned = stack.enter_context(spill_batches(work, FOUND_SCHEMA, search.iterate_planned(selection.encoding)))
-        _assign_rows(row_of_record, planned, len(listed) + len(found))
-
-        latents = pa.concat_tables([table.select(LATENT_COLUMNS) for table in (listed, found, planned)])
-        summary = JoinSummary(
-            num_wanted=sum(int(rows.sum()) for rows in wanted.values()),
-            num_unlisted=len(found),
-            num_uncached=len(planned),
-            num_assumed_sizes=search.num_assumed_sizes,
-            other_sizes=_describe_other_sizes(records, latents, row_of_record),
-            identities=identities,
-            num_bad=search.num_bad,
-            num_unread=search.num_unread,
-            bad=search.bad,
-            watched=sorted(search.watched),
-        )
-        yield JoinedLatents(latents, row_of_record, summary)
-
-
-def iterate_sample_rows(
-    joined: JoinedLatents, records: pa.Table, release_pages: Callable[[], None]
-) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of the sample index: each resolution's samples in the order of their records.
-
-    Args:
-        release_pages: called after each batch, to drop the mapped pages of the record index from this process' memory.
-    """
-    columns = [joined.latents.column(name).combine_chunks() for name in LATENT_COLUMNS]
-    for prefix, row_of_record in joined.row_of_record.items():
-        start = 0
-        for batch in records.select(RECORD_COLUMNS).to_batches():
-            rows = row_of_record[start : start + len(batch)]
-            start += len(batch)
-            has_latents = np.flatnonzero(rows >= 0)
-            joined_batch = batch if len(has_latents) == len(batch) else batch.take(pa.array(has_latents))
-            keys, *left = joined_batch.columns
-            right = [column.take(pa.array(rows[has_latents])) for column in columns]
-            yield pa.record_batch([add_prefix(prefix, keys), *left, *right], SAMPLE_SCHEMA)
-            release_pages()
+        _assign_rows(row_of_record, planned, first + len(found))
+        if len(found) or len(planned):
+            both = [*found.to_batches(), *planned.to_batches()]
+            paths.append(folder / f"found-{secrets.token_hex(8)}.arrow")
+            write_latent_file(paths[-1], lambda: iter(both), is_listed=False)
+        num_unlisted, num_uncached = len(found), len(planned)
+    latents = LatentFiles(paths)
+    summary = JoinSummary(
+        num_wanted=sum(int(rows.sum()) for rows in wanted.values()),
+        num_unlisted=num_unlisted,
+        num_uncached=num_uncached,
+        num_assumed_sizes=search.num_assumed_sizes,
+        other_sizes=_describe_other_sizes(records, latents, row_of_record),
+        identities=identities,
+        num_bad=search.num_bad,
+        num_unread=search.num_unread,
+        bad=search.bad,
+        watched=sorted(search.watched),
+    )
+    return JoinedLatents(paths, latents, row_of_record, summary)
 
 
-def add_prefix(prefix: str, keys: Any) -> Any:
-    """Return the keys of samples at a resolution, given the keys of their records."""
-    return pc.call_function("binary_join_element_wise", [pa.scalar(prefix), keys, pa.scalar("")]) if prefix else keys
+def _list_entries(listed: LatentFiles, parts: Sequence[int]) -> Entries:
+    """Return the manifest's lines as entries to search in."""
+    ends, part_of_file = np.cumsum(listed.lengths), np.array(parts, np.int64)
+    numbers = [batch.column("listed_ns").to_numpy() for batch in listed.batches]
+    return Entries(
+        hashes=KeyHashes(*([batch.column(name).to_numpy() for batch in listed.batches] for name in KEY_HASHES)),
+        get_parts=lambda rows: part_of_file[np.searchsorted(ends, rows, side="right")],
+        get_numbers=lambda rows: np.concatenate(numbers)[rows],
+    )
 
 
-def _select_records(records: pa.Table, captioned_only: bool, prefix: str) -> np.ndarray:
+def _hash_with_prefix(records: RecordParts, prefix: str) -> KeyHashes:
+    """Return the hashes of the keys that records have at a resolution."""
+    if not prefix:
+        return records.hashes
+    chunks = [hash_keys(add_prefix(prefix, chunk)) for chunk in records.table.column("key").chunks]
+    return KeyHashes([first for first, _ in chunks], [second for _, second in chunks])
+
+
+def _select_records(records: RecordParts, captioned_only: bool, prefix: str) -> np.ndarray:
     """Return a mask of the records that a resolution's samples are made of, [N] bool.
 
     A record that names latents in place of an image has them at one resolution, the one without a prefix.
     """
     selected = np.ones(len(records), bool)
     if captioned_only:
-        selected &= records.column("captioned").to_numpy()
+        selected &= records.table.column("captioned").to_numpy()
     return selected & _find_images(records) if prefix else selected
 
 
-def _find_images(records: pa.Table) -> np.ndarray:
+def _find_images(records: RecordParts) -> np.ndarray:
     """Return a mask of the records that name an image, and not latents in place of one, [N] bool."""
-    is_latents = pc.call_function("ends_with", [records.column("image_path")], pc.MatchSubstringOptions(LATENT_SUFFIX))
-    return records.column("offset").is_null().to_numpy() & ~is_latents.to_numpy()
-
-
-def _find_newest_entries(listed: pa.Table, keys: pa.ChunkedArray) -> np.ndarray:
-    """Return for each key the row of the manifest's newest entry, or -1, [N] int64.
-
-    `read_latest` of data/formats/manifest.py chooses by the same rule: the last line of a key in a part, and of several
-    parts' lines the one with the highest number.
-    """
-    key_of_entry = pc.call_function("index_in", [listed.column("key")], pc.SetLookupOptions(keys.combine_chunks()))
-    key_of_entry = key_of_entry.fill_null(-1).to_numpy()
-    part, number = (listed.column(name).to_numpy() for name in ("part", "listed_ns"))
-    rows = np.flatnonzero(key_of_entry >= 0)
-    rows = rows[np.argsort(key_of_entry[rows], kind="stable")]  # all lines of a key, in the order of the parts
-    key, part = key_of_entry[rows], part[rows]
-    rows = rows[np.append((key[1:] != key[:-1]) | (part[1:] != part[:-1]), np.ones(min(len(rows), 1), bool))]
-    oldest_first = rows[np.argsort(number[rows], kind="stable")]
-    entry_of_key = np.full(len(keys), -1, np.int64)
-    # Of several entries of a key, numpy keeps the last assignment: the newest entry.
-    entry_of_key[key_of_entry[oldest_first]] = oldest_first
-    return entry_of_key
+    paths = records.table.column("image_path")
+    is_latents = pc.call_function("ends_with", [paths], pc.MatchSubstringOptions(LATENT_SUFFIX))
+    return records.table.column("offset").is_null().to_numpy() & ~is_latents.to_numpy()
 
 
 def _find_moved_latents(
-    cache_folder: Path, listed: pa.Table, records: pa.Table, prefix: str, missing: np.ndarray
+    cache_folder: Path, entries: Entries, records: RecordParts, prefix: str, missing: np.ndarray
 ) -> np.ndarray:
     """Return for each record without an entry of its key the row of the entry that its image has, or -1, [missing]."""
-    rows = np.full(len(missing), -1, np.int64)
-    columns = [records.column(name).take(pa.array(missing)) for name in ("key", "image_path")]
-    if not _has_other_keys(listed, add_prefix(prefix, records.column("key")), columns[0]):
-        return rows
-    keys = [prefix + key for key in columns[0].to_pylist()]
-    paths = dict(zip(keys, columns[1].to_pylist(), strict=True))
-    moved = find_moved_entries(cache_folder, records, paths)
+    rows = np.full(len(missing), -1, np.int32)
+    keys = [prefix + key for key in records.take("key", missing).to_pylist()]
+    paths = dict(zip(keys, records.take("image_path", missing).to_pylist(), strict=True))
+    moved = find_moved_entries(cache_folder, records.table, paths)
     at = [number for number, key in enumerate(keys) if key in moved]
-    rows[at] = _find_newest_entries(listed, pa.chunked_array([[moved[keys[number]].key for number in at]], pa.string()))
+    first, second = hash_keys(pa.array([moved[keys[number]].key for number in at], pa.string()))
+    rows[at] = find_newest_entries(KeyHashes([first], [second]), entries)
     return rows
 
 
-def _has_other_keys(listed: pa.Table, keys: pa.ChunkedArray, missing: pa.ChunkedArray) -> bool:
-    """Return whether the manifest lists keys of no record that end like the keys of records without an entry."""
-    if not len(listed) or not len(missing):
-        return False
-    known = pc.call_function("is_in", [listed.column("key")], pc.SetLookupOptions(keys.combine_chunks()))
-    others = listed.column("key").filter(pc.call_function("invert", [known]))
+def _has_other_keys(listed: LatentFiles, row_of_record: dict[str, np.ndarray], missing: pa.Array) -> bool:
+    """Return whether lines of the manifest that no record uses have keys that end like those of records without one."""
+    is_used = np.zeros(len(listed), bool)
+    for rows in row_of_record.values():
+        is_used[rows[rows >= 0]] = True
     options = pc.ReplaceSubstringOptions(pattern="^.*/", replacement="")
-    stems = [pc.call_function("replace_substring_regex", [column], options) for column in (others, missing)]
-    found = pc.call_function("is_in", [stems[0]], pc.SetLookupOptions(stems[1].combine_chunks()))
-    return bool(pc.call_function("any", [found]).as_py())
-
-
-def _count_identities(listed: pa.Table, row_of_record: np.ndarray) -> dict[str, int]:
-    """Count the entries that records use by the cache identity they were made under."""
-    names = listed.column("identity").take(pa.array(row_of_record[row_of_record >= 0]))
-    return {each["values"]: each["counts"] for each in pc.call_function("value_counts", [names]).to_pylist()}
+    stems = pc.SetLookupOptions(pc.call_function("replace_substring_regex", [missing], options))
+    start = 0
+    for batch in listed.batches:
+        others = batch.column("key").filter(pa.array(~is_used[start : start + len(batch)]))
+        start += len(batch)
+        found = pc.call_function("is_in", [pc.call_function("replace_substring_regex", [others], options)], stems)
+        if pc.call_function("any", [found]).as_py():
+            return True
+    return False
 
 
 def _assign_rows(row_of_record: dict[str, np.ndarray], found: pa.Table, start: int) -> None:
@@ -243,28 +195,33 @@ def _assign_rows(row_of_record: dict[str, np.ndarray], found: pa.Table, start: i
         rows[records[own]] = start + np.flatnonzero(own)
 
 
-def _describe_other_sizes(records: pa.Table, latents: pa.Table, row_of_record: dict[str, np.ndarray]) -> str:
+def _describe_other_sizes(records: RecordParts, latents: LatentFiles, row_of_record: dict[str, np.ndarray]) -> str:
     """Describe the records whose size contradicts their latents, or return "".
 
     A record may hold the bucket's size instead, as kohya's `train_resolution` does. That is not a contradiction.
     """
-    recorded, original, bucket = (
-        np.stack([table.column(f"{name}{side}").to_numpy() for side in ("width", "height")])
-        for name, table in (("", records), ("original_", latents), ("bucket_", latents))
-    )
-    parts = []
-    for row_of_latents in row_of_record.values():
-        rows = np.flatnonzero((row_of_latents >= 0) & (recorded[0] > 0))
-        at = row_of_latents[rows]
-        differs = (recorded[:, rows] != original[:, at]).any(0) & (recorded[:, rows] != bucket[:, at]).any(0)
-        parts.append(np.stack([rows[differs], at[differs]]))
-    rows, at = np.concatenate(parts, axis=1)
-    if len(rows) == 0:
+    original, bucket = latents.pack_sizes("original"), latents.pack_sizes("bucket")
+    number, first, start = 0, None, 0
+    for batch in records.table.select(["width", "height"]).to_batches():
+        recorded = pack_size(*(column.to_numpy() for column in batch.columns))
+        contradicts = np.zeros(len(batch), bool)  # a record counts once, at however many resolutions
+        for row_of_latents in row_of_record.values():
+            at = row_of_latents[start : start + len(batch)]
+            rows = np.flatnonzero((at >= 0) & (recorded > 0))
+            known = (widen_sizes(sizes[at[rows]]) for sizes in (original, bucket))
+            differs = np.all([recorded[rows] != size for size in known], axis=0)
+            contradicts[rows[differs]] = True
+            if first is None and differs.any():
+                row = int(rows[differs][0])
+                first = (start + row, int(at[row]))
+        number += int(contradicts.sum())
+        start += len(batch)
+    if first is None:
         return ""
-    number = len(np.unique(rows))  # a record counts once, at however many resolutions
-    key, *sizes = records.column("key")[int(rows[0])], *recorded[:, rows[0]], *original[:, at[0]]
+    record, listed = records.row(first[0]), latents.row(first[1])
+    sizes = record["width"], record["height"], listed["original_width"], listed["original_height"]
     text = "{} whose size is not that of the image; the first is {} ({}x{} instead of {}x{})"
-    return text.format(format_count(number, "record"), key, *sizes)
+    return text.format(format_count(number, "record"), record["key"], *sizes)
 
 
 class _Search:
@@ -278,12 +235,11 @@ class _Search:
         watched: folders that were searched for latents.
     """
 
-    def __init__(self, records: pa.Table, missing: dict[str, np.ndarray], rules: Mapping[str, BucketRule]):
-        self._records = records
+    def __init__(self, records: RecordParts, missing: dict[str, np.ndarray], rules: Mapping[str, BucketRule]):
+        self._index, self._records = records, records.table
         self._missing = missing  # prefix → [N] bool, true for records whose latents are still to be found
         self._rules = rules
-        self._keys = records.column("key")
-        self._widths, self._heights = (records.column(name).to_numpy() for name in ("width", "height"))
+        self._keys, self._widths, self._heights = map(records.table.column, ("key", "width", "height"))
         self.num_bad = self.num_unread = 0
         self.bad: list[BadSample] = []
         self.num_assumed_sizes = 0
@@ -304,7 +260,7 @@ class _Search:
         """Yield the latents that training will encode of the images that have none, as columns of FOUND_SCHEMA."""
         if encoding is None:
             return
-        images = _find_images(self._records)
+        images = _find_images(self._index)
         plans = chain.from_iterable(
             plan_missing_latents(self._records, np.flatnonzero(rows & images), prefix, encoding)
             for prefix, rows in self._missing.items()
@@ -316,7 +272,7 @@ class _Search:
             planned = [plan for plan in chunk if isinstance(plan, PlannedLatents)]
             yield build_found_batch(
                 [
-                    _build_found(plan.row, plan.prefix, plan.file, plan.size, plan.placement, encoding.flip)
+                    self._build_found(plan.row, plan.prefix, plan.file, plan.size, plan.placement, encoding.flip)
                     for plan in planned
                 ]
             )
@@ -329,14 +285,14 @@ class _Search:
             self.num_unread += isinstance(header, UnreadLatentError)
             self._add_bad(key, f"{location.file}: {header}")
             return None
-        recorded = Size(int(self._widths[location.row]), int(self._heights[location.row]))
+        recorded = Size(self._widths[location.row].as_py(), self._heights[location.row].as_py())
         self.num_assumed_sizes += header.original_size is None and recorded == (0, 0)
         size = header.original_size or (recorded if recorded != (0, 0) else header.bucket)
         placement = infer_placement(header, size, self._rules.get(location.prefix))
         if not fits_columns(size, placement):
             self._add_bad(key, f"{location.file}: the original size {size} px is out of range")
             return None
-        found = _build_found(location.row, location.prefix, location.file, size, placement, header.flipped)
+        found = self._build_found(location.row, location.prefix, location.file, size, placement, header.flipped)
         return found._replace(offset=location.offset, bytes=header.bytes)
 
     def _add_bad(self, key: str, reason: str) -> None:
@@ -344,21 +300,21 @@ class _Search:
         if len(self.bad) < MAX_BAD:
             self.bad.append(BadSample(key, reason))
 
-
-def _build_found(
-    row: int, prefix: str, file: str, original_size: Size, placement: Placement, flipped: bool | None
-) -> FoundLatents:
-    """Build the row of latents in an npz file of their own, which need not exist yet."""
-    return FoundLatents(
-        row=row,
-        prefix=prefix,
-        file=file,
-        bucket_width=placement.bucket.width,
-        bucket_height=placement.bucket.height,
-        original_width=original_size[0],
-        original_height=original_size[1],
-        resized_width=placement.resized.width,
-        crop_left=placement.left,
-        crop_top=placement.top,
-        flipped=flipped,
-    )
+    def _build_found(
+        self, row: int, prefix: str, file: str, original_size: Size, placement: Placement, flipped: bool | None
+    ) -> FoundLatents:
+        """Build the row of latents in an npz file of their own, which need not exist yet."""
+        return FoundLatents(
+            row=row,
+            prefix=prefix,
+            key=prefix + self._keys[row].as_py(),
+            file=file,
+            bucket_width=placement.bucket.width,
+            bucket_height=placement.bucket.height,
+            original_width=original_size[0],
+            original_height=original_size[1],
+            resized_width=placement.resized.width,
+            crop_left=placement.left,
+            crop_top=placement.top,
+            flipped=flipped,
+        )

@@ -1,27 +1,37 @@
-"""Latents that the cache's manifest lists, as a table.
+"""Latents that the cache's manifest lists, in files of latents that are kept for the next index.
 
-A manifest of millions of lines is decoded many lines at a time, which is five times as fast as `read_part`. If a
-line is damaged, `read_part` reads the manifest instead: it names damaged lines and skips them.
+A part of the manifest only grows, so each file holds a span of a part, and lines that were appended get a file of their
+own. The CRC-32 of the span is in the file's name: a part that was written anew is read anew.
+
+A manifest of millions of lines is decoded many lines at a time, which is five times as fast as `read_part`. If a line
+is damaged, `read_part` reads the part instead: it names damaged lines and skips them.
 """
 
+import hashlib
+import os
+import re
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
+import orjson
 import pyarrow as pa
 from isal.isal_zlib import crc32
 
 from sdxl_trainer.data.formats.manifest import CRC_MARK, ManifestEntry, list_manifest_parts, read_part
-from sdxl_trainer.data.index.schema import LISTED_SCHEMA, build_batch
-from sdxl_trainer.data.metadata.merge import spill_batches
+from sdxl_trainer.data.index.index_file import open_undamaged
+from sdxl_trainer.data.index.latent_files import write_latent_file
+from sdxl_trainer.data.index.schema import LISTED_SCHEMA, VERSION, build_batch
 
 ENTRIES_AT_ONCE = 16_384
 PART_BYTES = 8 << 20  # of a manifest part, decoded at once
+TAIL_BYTES = 64 << 10
+MAX_SPANS = 16  # of a part of the manifest; then all lines are read anew
+SPAN_NAME = re.compile(r"listed-[0-9a-f]+-(\d+)-(\d+)-([0-9a-f]{8})\.arrow")
 CRC_TAIL = len(CRC_MARK) + len('"00000000"}\n')  # bytes of a line's last field
 
 
@@ -50,36 +60,115 @@ class ManifestLine(msgspec.Struct, gc=False):
 DECODER = msgspec.json.Decoder(ManifestLine)
 
 
-@contextmanager
-def open_listed_latents(cache_folder: Path, work: Path) -> Iterator[pa.Table]:
-    """Yield the manifest's lines as a table of LISTED_SCHEMA, which lies in a temporary file under `work`."""
-    with ExitStack() as stack:
-        try:
-            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _decode_parts(cache_folder)))
-        except DamagedLineError:
-            yield stack.enter_context(spill_batches(work, LISTED_SCHEMA, _read_undamaged_lines(cache_folder)))
+class ListedLatents(NamedTuple):
+    """Files of latents that hold all lines of a manifest."""
+
+    paths: list[Path]
+    parts: list[int]  # number of the manifest's part that each file is of, ascending
 
 
-def _decode_parts(cache_folder: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the lines of all parts as columns.
+class _Span(NamedTuple):
+    """The bytes of a part of the manifest that a file of latents holds."""
+
+    start: int
+    end: int
+    crc: int
+
+
+def build_listed_latents(cache_folder: Path, folder: Path) -> ListedLatents:
+    """Return files of latents with all lines of the manifest. Those that do not exist in `folder` are written."""
+    listed = ListedLatents([], [])
+    for number, part in enumerate(list_manifest_parts(cache_folder)):
+        paths = _build_part(part, folder)
+        listed.paths.extend(paths)
+        listed.parts.extend([number] * len(paths))
+    return listed
+
+
+def _build_part(part: Path, folder: Path) -> list[Path]:
+    """Return the files of a part of the manifest."""
+    name = hashlib.sha256(orjson.dumps([VERSION, os.path.abspath(part)])).hexdigest()[:16]
+    end = _find_last_line_end(part)
+    spans = _find_spans(part, folder, name, end)
+    paths = [folder / _build_name(name, span) for span in spans]
+    start = spans[-1].end if spans else 0
+    if start == end:
+        return paths
+    if len(spans) >= MAX_SPANS:
+        paths, start = [], 0
+    span = _Span(start, end, _compute_crc(part, start, end))
+    try:
+        path = folder / _build_name(name, span)
+        write_latent_file(path, lambda: _decode_span(part, span), is_listed=True)
+        return [*paths, path]
+    except DamagedLineError:
+        path = folder / _build_name(name, _Span(0, end, _compute_crc(part, 0, end)))
+        write_latent_file(path, lambda: _read_undamaged_lines(part), is_listed=True)
+        return [path]
+
+
+def _build_name(name: str, span: _Span) -> str:
+    return f"listed-{name}-{span.start}-{span.end}-{span.crc:08x}.arrow"
+
+
+def _find_spans(part: Path, folder: Path, name: str, end: int) -> list[_Span]:
+    """Return the spans from the beginning of a part that have files, one after the other, and have not changed."""
+    known = (SPAN_NAME.fullmatch(path.name) for path in folder.glob(f"listed-{name}-*.arrow"))
+    spans = [_Span(int(match[1]), int(match[2]), int(match[3], 16)) for match in known if match]
+    chain: list[_Span] = []
+    place = 0
+    while following := [span for span in spans if span.start == place and place < span.end <= end]:
+        for span in sorted(following, reverse=True):
+            is_same = _compute_crc(part, span.start, span.end) == span.crc
+            if is_same and open_undamaged(folder / _build_name(name, span)) is not None:
+                chain.append(span)
+                place = span.end
+                break
+        else:
+            break
+    return chain
+
+
+def _find_last_line_end(part: Path) -> int:
+    """Return the end of the last whole line. A job may be writing the line after it, or was killed while it did."""
+    with open(part, "rb") as stream:
+        end = stream.seek(0, os.SEEK_END)
+        while end:
+            start = max(0, end - TAIL_BYTES)
+            stream.seek(start)
+            newline = stream.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                return start + newline + 1
+            end = start
+    return 0
+
+
+def _compute_crc(part: Path, start: int, end: int) -> int:
+    crc = 0
+    with open(part, "rb") as stream:
+        stream.seek(start)
+        while start < end and (block := stream.read(min(PART_BYTES, end - start))):
+            crc, start = crc32(block, crc), start + len(block)
+    return crc
+
+
+def _decode_span(part: Path, span: _Span) -> Iterator[pa.RecordBatch]:
+    """Yield the lines of a span as columns.
 
     Raises:
         DamagedLineError: a line is damaged, or lacks a field.
     """
-    for number, part in enumerate(list_manifest_parts(cache_folder)):
-        with open(part, "rb") as stream:
-            while lines := stream.readlines(PART_BYTES):
-                # An unfinished last line is torn, or a cache job is still writing it.
-                if not lines[-1].endswith(b"\n"):
-                    lines.pop()
-                if lines:
-                    yield _decode_lines(lines, number)
+    with open(part, "rb") as stream:
+        stream.seek(span.start)
+        while stream.tell() < span.end:
+            lines = stream.readlines(min(PART_BYTES, span.end - stream.tell()))
+            yield _decode_lines(lines)
 
 
-def _decode_lines(lines: list[bytes], part: int) -> pa.RecordBatch:
+def _decode_lines(lines: list[bytes]) -> pa.RecordBatch:
     verify_lines(lines)
     try:
-        return _build_listed_batch(DECODER.decode_lines(b"".join(lines)), part)
+        return _build_listed_batch(DECODER.decode_lines(b"".join(lines)))
     except (ValueError, msgspec.MsgspecError):
         raise DamagedLineError from None
 
@@ -96,22 +185,20 @@ def verify_lines(lines: list[bytes]) -> None:
         raise DamagedLineError
 
 
-def _read_undamaged_lines(cache_folder: Path) -> Iterator[pa.RecordBatch]:
-    """Yield the undamaged lines of all parts as columns."""
-    for number, part in enumerate(list_manifest_parts(cache_folder)):
-        entries = read_part(part)
-        while chunk := list(islice(entries, ENTRIES_AT_ONCE)):
-            yield _build_listed_batch(chunk, number)
+def _read_undamaged_lines(part: Path) -> Iterator[pa.RecordBatch]:
+    """Yield the undamaged lines of a part as columns."""
+    entries = read_part(part)
+    while chunk := list(islice(entries, ENTRIES_AT_ONCE)):
+        yield _build_listed_batch(chunk)
 
 
-def _build_listed_batch(entries: Sequence[ManifestLine] | Sequence[ManifestEntry], part: int) -> pa.RecordBatch:
-    """Return lines of a part of the manifest as columns of LISTED_SCHEMA.
+def _build_listed_batch(entries: Sequence[ManifestLine] | Sequence[ManifestEntry]) -> pa.RecordBatch:
+    """Return lines of the manifest as columns of LISTED_SCHEMA.
 
     Raises:
         ValueError: a SHA-256 is not hexadecimal.
     """
     columns = [
-        [part] * len(entries),
         [entry.key for entry in entries],
         [entry.listed_ns for entry in entries],
         [entry.identity for entry in entries],

@@ -1,4 +1,4 @@
-"""Columns of the sample index, and of the tables of latents that are joined into it."""
+"""Columns of the index files, and of the tables of latents that are joined with records."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -8,6 +8,8 @@ import pyarrow as pa
 from sdxl_trainer.data.images.bucket import Placement, Size
 from sdxl_trainer.data.metadata.records import RECORD_SCHEMA
 
+VERSION = 18  # part of every fingerprint: raise it when the columns or their meaning change
+PARTS = "parts"  # subfolder of the parts of indexes
 TEXT_FIELDS = pa.struct(
     [
         ("file", pa.string()),
@@ -34,18 +36,54 @@ LATENT_FIELDS = [
     ("text", TEXT_FIELDS),  # the cached text encoder outputs; null: not cached
 ]
 LATENT_COLUMNS = [name for name, _ in LATENT_FIELDS]
-RECORD_COLUMNS = ["key", "image_path", "record", "source"]
-SAMPLE_SCHEMA = pa.schema([*(RECORD_SCHEMA.field(name) for name in RECORD_COLUMNS), *LATENT_FIELDS])
-LISTED_SCHEMA = pa.schema(
+SAMPLE_SCHEMA = pa.schema(
+    [*(RECORD_SCHEMA.field(name) for name in ("key", "image_path", "record", "source")), *LATENT_FIELDS]
+)
+LISTED_SCHEMA = pa.schema([("key", pa.string()), ("listed_ns", pa.int64()), ("identity", pa.string()), *LATENT_FIELDS])
+FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), ("key", pa.string()), *LATENT_FIELDS])
+
+# The columns of index files. A text that many rows share is the number of a name in the file's description.
+KEY_HASHES = ("hash", "second_hash")  # data/index/key_hash.py
+HASH_FIELDS = [(name, pa.uint64()) for name in KEY_HASHES]
+STORED_RECORDS = pa.schema(
     [
-        ("part", pa.int32()),  # number of the part among all
-        ("key", pa.string()),
-        ("listed_ns", pa.int64()),
-        ("identity", pa.string()),
-        *LATENT_FIELDS,
+        *(RECORD_SCHEMA.field(name) for name in ("key", "image_path", "captioned", "is_reg", "width", "height")),
+        ("texts", pa.binary()),  # `record`, compressed (data/index/compressed_texts.py)
+        *HASH_FIELDS,
     ]
 )
-FOUND_SCHEMA = pa.schema([("row", pa.int64()), ("prefix", pa.string()), *LATENT_FIELDS])
+PLACES = [RECORD_SCHEMA.field(name) for name in ("offset", "bytes", "source")]  # where a file's records have them
+STORED_ENTRY = [("key", pa.string()), *HASH_FIELDS, ("listed_ns", pa.int64()), ("identity", pa.int32())]
+STORED_FOUND = [("row", pa.int32()), ("prefix", pa.int32()), ("key", pa.string())]
+SIDES = [name for name, kind in LATENT_FIELDS if kind == pa.int32()]
+STORED_TEXT = [
+    ("text_file", pa.int32()),
+    ("text_offset", pa.int64()),
+    ("text_bytes", pa.int64()),
+    ("text_variants", pa.int32()),
+    ("text_identity", pa.int32()),
+    ("text_captions_sha256", pa.string()),
+]
+STORED_SAMPLES = pa.schema(
+    [
+        ("record", pa.int32()),  # row of the record index
+        ("latents", pa.int32()),  # row of all files of latents, one file after the other
+        ("bucket", pa.int32()),  # number in the list of buckets
+        ("member", pa.int32()),  # all rows, bucket after bucket
+    ]
+)
+
+
+def build_latent_fields(narrow: bool, text: bool) -> list[tuple[str, pa.DataType]]:
+    """Return the stored form of LATENT_FIELDS.
+
+    Args:
+        narrow: sides are below 65536 px, files and offsets below 4 GiB, and hashes 32 bytes.
+        text: any row has text encoder outputs.
+    """
+    side, span, sha256 = (pa.uint16(), pa.uint32(), pa.binary(32)) if narrow else (pa.int32(), pa.int64(), pa.binary())
+    places = [("file", pa.int32()), *((name, side) for name in SIDES), ("offset", span), ("bytes", span)]
+    return [*places, ("sha256", sha256), ("flipped", pa.bool_()), *(STORED_TEXT if text else [])]
 
 
 class BadSample(NamedTuple):
@@ -60,6 +98,7 @@ class FoundLatents(NamedTuple):
 
     row: int  # of the record in the record index
     prefix: str  # of the resolution
+    key: str  # of the sample
     file: str
     bucket_width: int
     bucket_height: int

@@ -21,7 +21,7 @@ from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_fold
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
 from sdxl_trainer.data.loading.patches import fail_with_workers
-from sdxl_trainer.data.order.plan import Plan, Position
+from sdxl_trainer.data.order.plan import BucketRows, Plan, Position
 from sdxl_trainer.data.order.shard_plan import ShardPlan
 from sdxl_trainer.data.stores.shard_copies import open_copies
 from sdxl_trainer.data.text.cached_text import CachedText
@@ -46,9 +46,12 @@ def build_plan(
         shuffle_shards: number of shards over which samples are shuffled, with shards read one after the other
             (ShardPlan); 0 shuffles all samples.
     """
-    buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
     if not shuffle_shards:
-        return Plan(buckets, global_batch_size, seed, repeats)
+        members = index.group_by_bucket()
+        numbers = [width << 16 | height for width, height in members.buckets]
+        starts = np.cumsum([0, *members.counts])
+        return Plan(BucketRows(members.rows, numbers, starts), global_batch_size, seed, repeats)
+    buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
     shards = index.group_by_shard()
     return ShardPlan(
         buckets,

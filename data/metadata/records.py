@@ -28,6 +28,7 @@ from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_
 from sdxl_trainer.data.metadata.sqlite_file import split_table
 from sdxl_trainer.data.metadata.values import (
     DESCRIPTION_FIELDS,
+    REGULARISATION_FIELD,
     SIDE_FIELDS,
     SIZE_FIELDS,
     has_text,
@@ -42,6 +43,7 @@ RECORD_SCHEMA = pa.schema(
         ("key", pa.string()),
         ("image_path", pa.string()),  # the image, or the latent file or shard in place of it
         ("captioned", pa.bool_()),  # whether the record has a caption
+        ("is_reg", pa.bool_()),  # whether the record is one of a regularisation image
         ("record", pa.binary()),  # JSON as the source has it; `parse_record` completes it
         ("width", pa.int32()),  # px of the image, by the metadata; 0: the metadata hold no size
         ("height", pa.int32()),
@@ -183,6 +185,7 @@ def build_record_rows(block: RecordBlock, finder: "ImageFinder", separator: str)
         block.keys,
         _find_images(block, finder),
         captioned,
+        [value is True for value in block.column(REGULARISATION_FIELD)],
         block.contents,
         np.ascontiguousarray(sizes[:, 0]),
         np.ascontiguousarray(sizes[:, 1]),

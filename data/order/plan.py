@@ -40,11 +40,19 @@ class _BatchNumbers(NamedTuple):
     end: np.ndarray  # [buckets] int64, one more than the last
 
 
+class BucketRows(NamedTuple):
+    """The rows of each bucket. They may lie in a mapped file, which ranks share."""
+
+    rows: np.ndarray  # [N] integers, bucket after bucket, ascending in each
+    buckets: list[int]  # number of each bucket, ascending
+    starts: np.ndarray  # [buckets + 1] place in `rows` where each bucket begins, and N
+
+
 class Plan:
     """The samples of the global batch at each position.
 
     Args:
-        bucket_of_row: [N] bucket number of each row; numbers need not be dense.
+        bucket_of_row: [N] bucket number of each row; numbers need not be dense. Or the rows of each bucket.
         global_batch_size: samples per batch, over all ranks and accumulation steps.
         seed: chooses the order.
         repeats: [N] how often each row is used in an epoch; None uses each row once. A fraction holds on average, and
@@ -54,26 +62,23 @@ class Plan:
 
     def __init__(
         self,
-        bucket_of_row: np.ndarray,
+        bucket_of_row: np.ndarray | BucketRows,
         global_batch_size: int,
         seed: int,
         repeats: np.ndarray | None = None,
         members: np.ndarray | None = None,
     ):
+        grouped = bucket_of_row if isinstance(bucket_of_row, BucketRows) else group_rows(bucket_of_row, members)
         assert global_batch_size >= 1, "a batch holds at least one sample"
-        assert len(bucket_of_row) and (repeats is None or np.any(repeats > 0)), "a plan needs a sample"
+        assert len(grouped.rows) and (repeats is None or np.any(repeats > 0)), "a plan needs a sample"
         self.global_batch_size = global_batch_size
         self.seed = seed
-        self._members = argsort_stable(bucket_of_row) if members is None else members
-        in_order = bucket_of_row[self._members]
-        starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
-        self.buckets = [int(bucket) for bucket in in_order[starts]]
-        self._starts = np.append(starts, len(bucket_of_row))
+        self._members, self.buckets, self._starts = grouped
         self._repeats = None if repeats is None or np.all(repeats == 1) else repeats[self._members].astype(np.float64)
         # Each row has a phase, which spreads the extra turns of fractional repeats over the epochs. It keeps away from
         # 0 and 1 by more than a float's error: 100 epochs of 0.29 are 28.999999999999996, and must still make 29 turns.
         self._phases = (
-            (permute(self._members, len(self._members), derive_seed(seed, RandomStream.REPEATS)) + 0.5)
+            (permute(self._members.astype(np.int64), len(self._members), derive_seed(seed, RandomStream.REPEATS)) + 0.5)
             / len(self._members)
             if self._repeats is not None
             else None
@@ -162,7 +167,7 @@ class Plan:
         """Return the rows of items of a bucket's epoch. A row that is used n times has n consecutive items."""
         if self._repeats is not None:
             items = np.searchsorted(self._ends(bucket, epoch), items, side="right")
-        return self._members[self._starts[bucket] + items]
+        return self._members[self._starts[bucket] + items].astype(np.int64)
 
     def _turns_until(self, bucket: int, epoch: int) -> np.ndarray:
         """Return how often each row has been used before `epoch` (its turns), [rows of the bucket] int64."""
@@ -189,6 +194,19 @@ class Plan:
         until = np.array([[self._count_until(b, e) for b in range(len(self.buckets))] for e in (epoch, epoch + 1)])
         numbers = until // self.global_batch_size
         return _BatchNumbers(first=numbers[0], end=numbers[1])
+
+
+def group_rows(bucket_of_row: np.ndarray, members: np.ndarray | None = None) -> BucketRows:
+    """Group rows by bucket.
+
+    Args:
+        members: [N] all rows, bucket after bucket; None sorts the rows.
+    """
+    assert len(bucket_of_row), "a plan needs a sample"
+    members = argsort_stable(bucket_of_row) if members is None else members
+    in_order = bucket_of_row[members]
+    starts = np.flatnonzero(np.concatenate([[True], in_order[1:] != in_order[:-1]]))
+    return BucketRows(members, [int(bucket) for bucket in in_order[starts]], np.append(starts, len(bucket_of_row)))
 
 
 def argsort_stable(values: np.ndarray) -> np.ndarray:

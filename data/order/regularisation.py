@@ -4,15 +4,10 @@ from collections.abc import Iterator
 from typing import Literal
 
 import numpy as np
-import orjson
-import pyarrow.compute as pc
 
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.index.index import Index
-
-# The JSON text is searched first, because parsing a hundred million records would take minutes.
-MARK = r'"is_reg"\s*:\s*true'
 
 
 def check_regularisation(data: DataConfig) -> Iterator[Problem]:
@@ -28,13 +23,7 @@ def check_regularisation(data: DataConfig) -> Iterator[Problem]:
 
 def find_regularisation_rows(index: Index) -> np.ndarray:
     """Return the rows of an index whose record has a true `is_reg`."""
-    rows, start = [], 0
-    for chunk in index.arrow_column("record").chunks:
-        marked = pc.call_function("match_substring_regex", [chunk], pc.MatchSubstringOptions(MARK))
-        found = np.flatnonzero(marked.to_numpy(zero_copy_only=False))
-        rows += [start + row for row in found.tolist() if orjson.loads(chunk[row].as_py()).get("is_reg") is True]
-        start += len(chunk)
-    return np.array(rows, np.int64)
+    return np.flatnonzero(index.column("is_reg"))
 
 
 def balance_regularisation(

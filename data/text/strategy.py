@@ -15,7 +15,7 @@ import numpy as np
 from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
 from sdxl_trainer.data.files import open_atomic
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.metadata.records import Record, parse_record
+from sdxl_trainer.data.metadata.records import Record
 from sdxl_trainer.data.metadata.values import TAG_FIELDS, list_texts
 from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.own_code import UserCodeError, call_user_code, load_own_code
@@ -31,7 +31,6 @@ ATTRIBUTES = {
     "quality": ("quality",),
 }
 TAGS = "tags"
-ROWS_AT_ONCE = 16_384
 NUM_TRIED = 16  # samples that a strategy is tested on before a run
 
 
@@ -53,7 +52,7 @@ class AttributeCounts(dict[str, Counter]):
         if name != TAGS:
             raise KeyError(f"{name}; known: {', '.join([*ATTRIBUTES, TAGS])}")
         self[TAGS] = counter = Counter()
-        for record in iterate_records(self._index):
+        for record in self._index.iterate_records():
             counter.update(set(_split_tags(read_caption_fields(record, TAG_FIELDS))))
         return counter
 
@@ -65,7 +64,7 @@ def count_attributes(index: Index) -> AttributeCounts:
     """
     # Unsplit values are counted first and split at the end, because a million records have far fewer distinct values.
     unsplit: dict[str, dict[Any, int]] = {name: {} for name in ATTRIBUTES}
-    for record in iterate_records(index):
+    for record in index.iterate_records():
         for name, fields in ATTRIBUTES.items():
             value = record.get(fields[0]) or (record.get(fields[1]) if len(fields) > 1 else None)
             if value:
@@ -76,12 +75,6 @@ def count_attributes(index: Index) -> AttributeCounts:
         for value, count in values.items():
             counts[name].update(dict.fromkeys(_split_tags(value), count))
     return counts
-
-
-def iterate_records(index: Index) -> Iterator[Record]:
-    """Yield all records in the order of the index, with at most ROWS_AT_ONCE in memory."""
-    for batch in index.table.select(["key", "image_path", "record"]).to_batches(max_chunksize=ROWS_AT_ONCE):
-        yield from map(parse_record, batch.to_pylist())
 
 
 class Strategy:
@@ -219,7 +212,7 @@ def compute_repeats(strategy: Strategy, index: Index) -> np.ndarray:
         UserInputError: the strategy failed on a sample, or gives 0 for all samples.
     """
     try:
-        repeats = strategy.repeats(iterate_records(index), count_attributes(index), len(index))
+        repeats = strategy.repeats(index.iterate_records(), count_attributes(index), len(index))
     except StrategyError as error:
         raise UserInputError([_build_problem(strategy.spec, str(error))]) from None
     if not repeats.any():

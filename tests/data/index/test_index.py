@@ -16,9 +16,11 @@ from sdxl_trainer.data.formats.latent_header import LatentHeader
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
 from sdxl_trainer.data.images.bucket import BucketRule, CropBox, Size
 from sdxl_trainer.data.index import index as module
+from sdxl_trainer.data.index import record_parts
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.missing_latents import EncodingSettings
+from sdxl_trainer.data.index.schema import PARTS
 from sdxl_trainer.data.index.unlisted_latents import infer_placement
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.metadata.records import parse_record
@@ -27,9 +29,17 @@ from sdxl_trainer.data.metadata.records import parse_record
 @pytest.fixture
 def builds(monkeypatch):
     """Record the names of the index files that are built. Those that are only opened are not recorded."""
-    names, write = [], module._write
-    monkeypatch.setattr(module, "_write", lambda path, *rest: (names.append(path.name), write(path, *rest)))
+    names = []
+    for name in ("_write_record_head", "write_sample_index"):
+        write = getattr(module, name)
+        monkeypatch.setattr(
+            module, name, lambda path, *rest, write=write: (names.append(path.name), write(path, *rest))
+        )
     return names
+
+
+def list_heads(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "index").iterdir() if path.name != PARTS)
 
 
 def write_metadata(path: Path, content: dict) -> Path:
@@ -57,8 +67,8 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
     content["k4"] = {}
     before = pa.total_allocated_bytes()
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
-    assert pa.total_allocated_bytes() == before  # no column is in memory
-    assert str(index.path) in Path("/proc/self/maps").read_text()
+    assert pa.total_allocated_bytes() < before + 512  # no column is in memory but those of one value
+    assert str(index.list_parts()[0].path) in Path("/proc/self/maps").read_text()
     assert len(index) == 5 and get_keys(index) == list(content)
     row = index.row(3)
     assert (row["key"], parse_record(row)["caption"], index.record(4)["caption"]) == ("k3", "ä, b", None)
@@ -67,7 +77,7 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
 
 
 def test_rows_are_read_from_several_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(module, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(record_parts, "ROWS_PER_GROUP", 3)
     content = {f"k{number}": {"caption": str(number)} for number in range(10)}
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
     assert [index.record(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
@@ -82,7 +92,7 @@ def test_the_index_is_rebuilt_only_when_its_metadata_changes(tmp_path, builds):
     assert open_record_index(tmp_path, [first, second], []).record(0)["caption"] == "xx"
     assert get_keys(open_record_index(tmp_path, [second, first], [])) == ["b", "a"]
     assert len(builds) == 3
-    assert sorted(os.listdir(tmp_path / "index")) == sorted(builds)  # no temporary file is left
+    assert list_heads(tmp_path) == sorted(builds)  # no temporary file is left
 
 
 def test_the_index_is_rebuilt_when_images_or_captions_change(tmp_path, builds):
@@ -181,13 +191,13 @@ def test_job_and_training_take_the_same_line_for_the_newest(tmp_path):
 def test_a_damaged_index_is_built_again(tmp_path, builds, damage):
     metadata = write_metadata(tmp_path / "m.json", {f"k{n}": {"caption": f"words {n}"} for n in range(300)})
     list_entries(tmp_path, "k0", "k7")
-    for kind in ("records", "latents"):
+    for kind in ("records", "listed", "latents"):
         records = open_record_index(tmp_path, [metadata], [])
         samples = open_sample_index(tmp_path, records)
         before = [samples.row(row) for row in (0, 1)]
-        path = {"records": records, "latents": samples}[kind].path
+        [path] = [path for path in [samples.path, *(tmp_path / "index" / PARTS).iterdir()] if kind in path.name]
         content = bytearray(path.read_bytes())
-        place = content.index(b"words 7" if kind == "records" else b"k7.npz")
+        place = content.index({"records": b"k7", "listed": b"k7", "latents": b"bucket_counts"}[kind])
         del records, samples, builds[:]
         if damage in ("cut", "empty"):
             del content[place if damage == "cut" else 0 :]
@@ -199,7 +209,8 @@ def test_a_damaged_index_is_built_again(tmp_path, builds, damage):
         path.write_bytes(content)
         records = open_record_index(tmp_path, [metadata], [])
         samples = open_sample_index(tmp_path, records)
-        assert [samples.row(row) for row in (0, 1)] == before and builds == [path.name]
+        assert [samples.row(row) for row in (0, 1)] == before
+        assert builds == [(records if kind == "records" else samples).path.name]
 
 
 def test_an_index_is_kept_although_all_others_are_of_a_later_time(tmp_path):
@@ -210,7 +221,7 @@ def test_an_index_is_kept_although_all_others_are_of_a_later_time(tmp_path):
     (tmp_path / "index" / ".records-x.arrow.0123abcd.tmp").touch()  # of a killed job
     records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {"a": {"caption": "x"}})], [])
     assert get_keys(records) == ["a"] and records.path.is_file()
-    assert len(list((tmp_path / "index").iterdir())) == module.KEPT_FILES
+    assert len(list_heads(tmp_path)) == module.KEPT_FILES
 
 
 RULE = BucketRule(resolution_px=1024, min_px=256, max_px=2048, step_px=64, no_upscale=True)
@@ -246,7 +257,7 @@ def test_old_files_are_deleted_except_those_in_use(tmp_path):
         os.utime(index.path, (number, number))
         if number in (0, 2):
             indexes.append(index)  # in use
-    kept = {path.name for path in (tmp_path / "index").iterdir()}
+    kept = set(list_heads(tmp_path))
     assert {index.path.name for index in indexes} <= kept and index.path.name in kept
     assert len(kept) == len(indexes) + module.KEPT_FILES
     assert [get_keys(index) for index in indexes] == [["k0"], ["k2"]]
@@ -268,7 +279,7 @@ def test_processes_that_start_at_once_build_one_index(tmp_path):
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
     [output] = {process.communicate("go\n")[0] for process in processes}
     assert output.split()[1] == "10000" and output.split()[3] == "k19998"
-    assert sorted(path.name.split("-")[0] for path in (tmp_path / "index").iterdir()) == ["latents", "records"]
+    assert [name.split("-")[0] for name in list_heads(tmp_path)] == ["latents", "records"]
 
 
 def test_an_index_that_another_process_deletes_is_no_error(tmp_path):

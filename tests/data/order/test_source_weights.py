@@ -76,7 +76,7 @@ def test_kohyas_folders_give_repeats(tmp_path: Path) -> None:
     roots = [tmp_path / "10_dog", tmp_path / "0_off", tmp_path / "plain", tmp_path / "4_root"]
     records = open_record_index(tmp_path / "cache", [], roots, regularisation_dirs=[tmp_path / "7_reg"])
     index = open_sample_index(tmp_path / "cache", records)
-    repeats = dict(zip(index.table.column("key").to_pylist(), read_folder_repeats(index, roots).tolist(), strict=True))
+    repeats = dict(zip(index.arrow_column("key").to_pylist(), read_folder_repeats(index, roots).tolist(), strict=True))
     assert repeats == {"a": 10, "b": 3, "c": 0, "d": 1, "e": 4, "r": 1}
     data = DataConfig.model_validate({"image_dirs": roots, "kohya_folders": True, "source_weights": [0.5, 1, 1, 1]})
     assert apply_data_repeats(index, None, data).tolist() == [5, 1.5, 0, 1, 4, 1]  # pyright: ignore
