@@ -3,7 +3,8 @@
 Parts are append-only and hold one JSON object per line. Lines are numbered: within a part the last line of a key
 counts, and of several parts' lines the one with the highest number. Neither depends on a clock. Any tool that reads
 JSON and computes SHA-256 can audit a cache with the parts. The last field of a line is the CRC-32 of the rest of the
-line, which reveals damage; a line without that field is accepted.
+line, which reveals damage; a line without that field is accepted. `compact_parts` turns lines into columns
+(data/formats/manifest_columns.py), which readers accept in place of lines.
 """
 
 import hashlib
@@ -20,6 +21,7 @@ from loguru import logger
 
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import HashedFile, create_folder, sync_folder, write_atomic
+from sdxl_trainer.data.formats import manifest_columns
 from sdxl_trainer.data.formats.latents import SDXL_CHANNELS
 from sdxl_trainer.data.images.bucket import CropBox, Size
 
@@ -231,7 +233,8 @@ def get_refused_file(folder: Path) -> Path:
 
 def list_manifest_parts(folder: Path) -> list[Path]:
     """Return the parts that hold lines, in the order of their ranks."""
-    return sorted(part for part in folder.glob("manifest/part-*.jsonl") if part.stat().st_size)
+    parts = (part for part in folder.glob("manifest/part-*") if part.suffix in (".jsonl", manifest_columns.SUFFIX))
+    return sorted(part for part in parts if part.stat().st_size)
 
 
 def read_entries(
@@ -257,6 +260,11 @@ def read_part(
     """
     damaged = [] if damaged is None else damaged
     warnings = CountedWarnings("damaged line skipped", "the log file")
+    if part.suffix == manifest_columns.SUFFIX:
+        for fields in manifest_columns.read_fields(part, damaged, warnings.add):
+            if keys is None or fields["key"] in keys:
+                yield _build_entry(fields)
+        return
     with open(part, "rb") as lines:
         for number, line in enumerate(lines, 1):
             if keys is not None and _has_other_key(line, keys):
@@ -279,23 +287,26 @@ def _parse_entry(line: bytes, place: str, warn: Callable[[str], None]) -> Manife
     try:
         fields = _load_line(line)
         source = fields.pop("source")
-        for name in ("bucket", "original_size", "resized"):
-            fields[name] = Size(*fields[name])
-        fields["crop"] = CropBox(*fields["crop"])
-        if "text" in fields:
-            fields["text"] = TextPart(**fields["text"])
-        if "mask" in fields:
-            fields["mask"] = HashedFile(**fields["mask"])
-        return ManifestEntry(
-            **fields,
-            source_path=source["path"],
-            source_bytes=source["size"],
-            source_mtime_ns=source["mtime_ns"],
-            source_sha256=source["sha256"],
-        )
+        fields |= {
+            "source_path": source["path"],
+            "source_bytes": source["size"],
+            "source_mtime_ns": source["mtime_ns"],
+            "source_sha256": source["sha256"],
+        }
+        return _build_entry(fields)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         warn(f"{place}: {error}")
         return None
+
+
+def _build_entry(fields: dict[str, Any]) -> ManifestEntry:
+    for name in ("bucket", "original_size", "resized"):
+        fields[name] = Size(*fields[name])
+    fields["crop"] = CropBox(*fields["crop"])
+    for name, kind in (("text", TextPart), ("mask", HashedFile)):
+        if fields.get(name) is not None:
+            fields[name] = kind(**fields[name])
+    return ManifestEntry(**fields)
 
 
 def _load_line(line: bytes) -> dict[str, Any]:
@@ -335,10 +346,38 @@ def read_latest(
 def drop_damaged_lines(folder: Path) -> None:
     """Remove the damaged lines from all parts."""
     for part in list_manifest_parts(folder):
+        if part.suffix == manifest_columns.SUFFIX:
+            manifest_columns.drop_damaged_groups(part)
+            continue
         lines = part.read_bytes().splitlines(keepends=True)
         whole = [line for line in lines if line.endswith(b"\n") and _parse_entry(line, "", lambda _: None) is not None]
         if len(whole) != len(lines):
             write_atomic(part, b"".join(whole))
+
+
+def compact_parts(folder: Path) -> list[Path]:
+    """Write the entries of all parts that hold lines as columns, delete those parts, and return the new ones.
+
+    No job may be writing the cache. A part with a damaged line, or with a checksum that is none, stays as it is.
+    """
+    written = []
+    for part in list_manifest_parts(folder):
+        if part.suffix == manifest_columns.SUFFIX:
+            continue
+        # The number keeps the names apart: a job may append lines to a new part of this rank.
+        columns, damaged = part.with_name(f"{part.stem}-{_find_highest_number(part):x}{manifest_columns.SUFFIX}"), []
+        try:
+            manifest_columns.write_entries(columns, read_part(part, damaged))
+        except ValueError as error:
+            damaged.append(f"{part}: {error}")
+        if damaged:
+            columns.unlink(missing_ok=True)
+            logger.warning("{} stays as lines: {}", part, damaged[0])
+            continue
+        sync_folder(part.parent)
+        part.unlink()
+        written.append(columns)
+    return written
 
 
 class ManifestWriter:
@@ -423,6 +462,8 @@ def _find_highest_number(part: Path) -> int:
 
     Numbers rise within a part, so its end holds the highest, unless all lines there are damaged.
     """
+    if part.suffix == manifest_columns.SUFFIX:
+        return manifest_columns.read_highest_number(part)
     with open(part, "rb") as stream:
         stream.seek(max(0, stream.seek(0, os.SEEK_END) - TAIL_BYTES))
         numbers = list(map(_read_number, stream))

@@ -22,7 +22,10 @@ import orjson
 import pyarrow as pa
 from isal.isal_zlib import crc32
 
+from sdxl_trainer.data.counted_warnings import CountedWarnings
+from sdxl_trainer.data.formats import manifest_columns
 from sdxl_trainer.data.formats.manifest import CRC_MARK, ManifestEntry, list_manifest_parts, read_part
+from sdxl_trainer.data.formats.manifest_columns import read_columns
 from sdxl_trainer.data.index.index_file import open_undamaged
 from sdxl_trainer.data.index.latent_files import write_latent_file
 from sdxl_trainer.data.index.schema import LISTED_SCHEMA, VERSION, build_batch
@@ -30,6 +33,14 @@ from sdxl_trainer.data.index.schema import LISTED_SCHEMA, VERSION, build_batch
 ENTRIES_AT_ONCE = 16_384
 PART_BYTES = 8 << 20  # of a manifest part, decoded at once
 TAIL_BYTES = 64 << 10
+# Columns of a manifest, and of latents where they have another name.
+RENAMED = {
+    "original_size_width": "original_width",
+    "original_size_height": "original_height",
+    "crop_left": "crop_left",
+    "crop_top": "crop_top",
+}
+COLUMNS = [*RENAMED, *(name for name in LISTED_SCHEMA.names if name not in RENAMED.values())]
 MAX_SPANS = 16  # of a part of the manifest; then all lines are read anew
 SPAN_NAME = re.compile(r"listed-[0-9a-f]+-(\d+)-(\d+)-([0-9a-f]{8})\.arrow")
 CRC_TAIL = len(CRC_MARK) + len('"00000000"}\n')  # bytes of a line's last field
@@ -88,6 +99,8 @@ def build_listed_latents(cache_folder: Path, folder: Path) -> ListedLatents:
 def _build_part(part: Path, folder: Path) -> list[Path]:
     """Return the files of a part of the manifest."""
     name = hashlib.sha256(orjson.dumps([VERSION, os.path.abspath(part)])).hexdigest()[:16]
+    if part.suffix == manifest_columns.SUFFIX:
+        return [_build_columns(part, folder, name)]
     end = _find_last_line_end(part)
     spans = _find_spans(part, folder, name, end)
     paths = [folder / _build_name(name, span) for span in spans]
@@ -105,6 +118,33 @@ def _build_part(part: Path, folder: Path) -> list[Path]:
         path = folder / _build_name(name, _Span(0, end, _compute_crc(part, 0, end)))
         write_latent_file(path, lambda: _read_undamaged_lines(part), is_listed=True)
         return [path]
+
+
+def _build_columns(part: Path, folder: Path, name: str) -> Path:
+    """Return the file of a part of the manifest that is stored as columns."""
+    status = os.stat(part)
+    path = folder / f"listed-{name}-{status.st_size}-{status.st_mtime_ns}.arrow"
+    if open_undamaged(path) is None:
+        warnings = CountedWarnings("damaged line skipped", "the log file")
+        damaged: list[str] = []
+        write_latent_file(path, lambda: map(_list_columns, read_columns(part, damaged, COLUMNS)), is_listed=True)
+        for place in dict.fromkeys(damaged):
+            warnings.add(place)
+    return path
+
+
+def _list_columns(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return columns of a manifest as columns of LISTED_SCHEMA."""
+    columns = dict(zip(batch.schema.names, batch.columns, strict=True))
+    for stored, name in RENAMED.items():
+        columns[name] = columns[stored]
+    arrays = [
+        pa.array(columns[field.name].to_pylist(), field.type)
+        if field.name == "text" and columns["text"].null_count < len(batch)
+        else columns[field.name].cast(field.type)
+        for field in LISTED_SCHEMA
+    ]
+    return pa.record_batch(arrays, LISTED_SCHEMA)
 
 
 def _build_name(name: str, span: _Span) -> str:

@@ -22,8 +22,11 @@ from sdxl_trainer.data.metadata.json_stream import JsonChunk, iterate_chunks
 from sdxl_trainer.data.metadata.sources import (
     ShardSpan,
     SourceRecord,
+    TableRows,
     detect_format,
+    iterate_table_rows,
     parse_chunk,
+    parse_table_rows,
     read_metadata_file,
 )
 from sdxl_trainer.data.metadata.values import TEXT_FIELDS, VALUE_READERS, RefusedValues, is_missing, is_refused
@@ -96,13 +99,39 @@ def read_blocks(file: Path) -> Iterator[RecordBlock]:
     Raises:
         ValueError: the file is malformed; the message names the file and the place in it.
     """
-    if detect_format(file) != "json":
+    form, refused = detect_format(file), RefusedValues(file)
+    if form == "parquet":
+        for rows in iterate_table_rows(file):
+            yield _convert_rows(rows, str(file.parent)) or build_block(parse_table_rows(file, rows, refused))
+        refused.raise_if_any()
+        return
+    if form != "json":
         yield from map(build_block, read_metadata_file(file))
         return
-    refused = RefusedValues(file)
     for chunk in iterate_chunks(file):
         yield _decode_chunk(chunk, str(file.parent)) or build_block(parse_chunk(file, chunk, refused))
     refused.raise_if_any()
+
+
+def _convert_rows(rows: TableRows, base_folder: str) -> RecordBlock | None:
+    """Build a block of a table's rows the fast way. Return None if anything is unusual, as `_decode_chunk` does."""
+    columns = {name: rows.columns[name] for name in FIELDS if name in rows.columns}
+    paths = columns.get("image_path", [])
+    if set(map(type, paths)) != {str} or not all(_is_usual(name, values) for name, values in columns.items()):
+        return None
+    keys = [get_image_stem(path, has_suffix=True) for path in paths]
+    if "" in keys:
+        return None
+    fields = rows.list_fields()
+    return RecordBlock(
+        keys=keys,
+        contents=[dump_json(key, record) for key, record in zip(keys, fields, strict=True)],
+        base_folders=[base_folder] * len(keys),
+        keyed_paths=[None] * len(keys),
+        spans=[None] * len(keys),
+        sources=[0] * len(keys),
+        fields=fields,
+    )
 
 
 def _decode_chunk(chunk: JsonChunk, base_folder: str) -> RecordBlock | None:

@@ -252,24 +252,63 @@ def _parse_cell(name: str, cell: str) -> Any:
 
 def _read_parquet(file: Path) -> Iterator[list[SourceRecord]]:
     """Yield the rows of a Parquet table as records. A null is a missing field."""
+    for rows in iterate_table_rows(file):
+        yield _list_table_records(file, rows)
+
+
+class TableRows(NamedTuple):
+    """Some rows of a Parquet table. Columns of maps hold dicts."""
+
+    first: int  # number of the first row
+    columns: dict[str, list[Any]]  # name → value of each row, None for a null
+
+    def list_fields(self) -> list[dict[str, Any]]:
+        """Return the fields of each row that are not null."""
+        names, values = list(self.columns), list(self.columns.values())
+        if not any(None in column for column in values):
+            return [dict(zip(names, row, strict=True)) for row in zip(*values, strict=True)]
+        return [
+            {name: value for name, value in zip(names, row, strict=True) if value is not None}
+            for row in zip(*values, strict=True)
+        ]
+
+
+def iterate_table_rows(file: Path) -> Iterator[TableRows]:
+    """Yield the rows of a Parquet table, some thousands at a time.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
     number = 0
-    for rows in _iterate_parquet_rows(file):
-        records = [{name: value for name, value in row.items() if value is not None} for row in rows]
-        yield [_build_record(fields, f"{file}, row {number + at}") for at, fields in enumerate(records)]
-        number += len(rows)
-
-
-def _iterate_parquet_rows(file: Path) -> Iterator[list[dict[str, Any]]]:
     try:
         with open_stream(file) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(ROWS_AT_ONCE):
-                rows = batch.to_pylist()
-                maps = [field.name for field in batch.schema if pa.types.is_map(field.type)]
-                for row, name in itertools.product(rows, maps):  # Arrow gives maps as lists of pairs
-                    row[name] = {str(key): value for key, value in row[name] or ()}
-                yield rows
+                columns = {name: column.to_pylist() for name, column in zip(batch.schema.names, batch, strict=True)}
+                for field in batch.schema:
+                    if pa.types.is_map(field.type):  # Arrow gives maps as lists of pairs
+                        pairs = columns[field.name]
+                        columns[field.name] = [{str(key): value for key, value in row or ()} for row in pairs]
+                yield TableRows(number, columns)
+                number += len(batch)
     except PARQUET_ERRORS as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
+
+
+def parse_table_rows(file: Path, rows: TableRows, refused: RefusedValues) -> list[SourceRecord]:
+    """Return the records of rows of a Parquet table.
+
+    Args:
+        refused: collects the values that cannot be read; their records are left out.
+
+    Raises:
+        ValueError: a row has no key.
+    """
+    return _complete_records(_list_table_records(file, rows), file, refused)
+
+
+def _list_table_records(file: Path, rows: TableRows) -> list[SourceRecord]:
+    fields = enumerate(rows.list_fields(), rows.first)
+    return [_build_record(record, f"{file}, row {number}") for number, record in fields]
 
 
 def _read_sqlite(file: Path) -> Iterator[list[SourceRecord]]:
