@@ -27,7 +27,7 @@ class KeyHashes(NamedTuple):
 
 
 class Entries(NamedTuple):
-    """What belongs to keys: the lines of a manifest."""
+    """The lines of a manifest, by the hashes of their keys."""
 
     hashes: KeyHashes
     get_parts: Callable[[np.ndarray], np.ndarray]  # rows → number of each entry's part, ascending with the row
@@ -53,7 +53,8 @@ def _hash_block(keys: pa.Array) -> np.ndarray:
     for number, multiplier in enumerate(_MULTIPLIERS):
         state = lengths.astype(np.uint64) * multiplier  # so that padding is no part of a key
         for word in range(words):
-            state = _mix((state ^ columns[:, word]) * multiplier)
+            # Longer keys beside it must not change the hash of a key.
+            state = np.where(lengths > 8 * word, _mix((state ^ columns[:, word]) * multiplier), state)
         hashes[number] = state
     return hashes
 

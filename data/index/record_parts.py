@@ -22,7 +22,7 @@ from sdxl_trainer.data.index.schema import KEY_HASHES, PLACES, STORED_RECORDS
 from sdxl_trainer.data.metadata.sqlite_file import list_changing_files
 
 ROWS_PER_GROUP = 32_768
-LARGE_BYTES = 64 << 20  # of a metadata file that has a part of its own
+LARGE_BYTES = 4 << 20  # of a metadata file that has a part of its own
 ONE_IN = 64  # of small files ends a part
 KINDS = {field.name: field.type for field in [*STORED_RECORDS, *PLACES]}
 NOT_SHOWN = ("texts", *KEY_HASHES)

@@ -13,7 +13,13 @@ import pyarrow as pa
 import pytest
 
 from sdxl_trainer.data.formats.latent_header import LatentHeader
-from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
+from sdxl_trainer.data.formats.manifest import (
+    ManifestEntry,
+    ManifestWriter,
+    compact_parts,
+    drop_damaged_lines,
+    read_latest,
+)
 from sdxl_trainer.data.images.bucket import BucketRule, CropBox, Size
 from sdxl_trainer.data.index import index as module
 from sdxl_trainer.data.index import record_parts
@@ -327,3 +333,53 @@ def test_the_hash_of_rows_covers_keys_and_buckets_only(tmp_path):
         list_entries(folder, "k2", "k1", bucket=bucket)
         hashes.append(open_sample_index(folder, records).hash_rows())
     assert hashes[0] == hashes[1] != hashes[2]
+
+
+def list_parts(folder: Path, kind: str) -> set[str]:
+    return {path.name for path in (folder / "index" / PARTS).glob(f"{kind}-*")}
+
+
+def test_growth_reuses_the_parts_of_all_files_that_have_not_changed(tmp_path, monkeypatch):
+    """Records and latents that are added cost their own parts only, and equal an index that is built at once."""
+    monkeypatch.setattr(record_parts, "LARGE_BYTES", 1)
+    files = [tmp_path / f"{number}.jsonl" for number in range(4)]
+    for number, file in enumerate(files):
+        keys = [f"k{number}{'x' * row}" for row in range(12)]
+        file.write_text("".join(json.dumps({"key": key, "caption": f"of {key}"}) + "\n" for key in keys))
+    files[3].rename(tmp_path / "later")
+    list_entries(tmp_path, "k0", "k1x", "k2xxxxxxxxxx")
+    before = open_sample_index(tmp_path, open_record_index(tmp_path, [*files[:3]], []))
+    known = {kind: list_parts(tmp_path, kind) for kind in ("records", "listed")}
+    (tmp_path / "later").rename(files[3])
+    list_entries(tmp_path, "k3xxx", "k0", bucket=(96, 64))  # a new key, and another line of a known one
+    index = open_sample_index(tmp_path, open_record_index(tmp_path, files, []))
+    for kind, names in known.items():
+        assert names < list_parts(tmp_path, kind) and len(list_parts(tmp_path, kind)) == len(names) + 1
+    assert get_keys(before) == ["k0", "k1x", "k2xxxxxxxxxx"]
+    assert get_keys(index) == ["k0", "k1x", "k2xxxxxxxxxx", "k3xxx"]
+    assert index.column("bucket_width").tolist() == [96, 64, 64, 96]
+    assert [index.record(row)["caption"] for row in range(4)] == [f"of {key}" for key in get_keys(index)]
+    # A file that changes or goes takes its own part with it.
+    files[1].write_text(json.dumps({"key": "k1x", "caption": "new"}) + "\n")
+    index = open_sample_index(tmp_path, open_record_index(tmp_path, [files[0], files[1], files[3]], []))
+    assert get_keys(index) == ["k0", "k1x", "k3xxx"] and index.record(1)["caption"] == "new"
+
+
+def test_a_manifest_of_columns_joins_as_its_lines_do(tmp_path):
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {key: {} for key in "abc"})], [])
+    list_entries(tmp_path, "a", "b", "gone")
+    list_entries(tmp_path, "b", rank=1, bucket=(96, 64))
+    lines, rows = read_latest(tmp_path), [open_sample_index(tmp_path, records).row(row) for row in (0, 1)]
+    assert len(compact_parts(tmp_path)) == 2 and not list(tmp_path.glob("manifest/*.jsonl"))
+    assert read_latest(tmp_path) == lines
+    assert [open_sample_index(tmp_path, records).row(row) for row in (0, 1)] == rows
+    list_entries(tmp_path, "a", bucket=(96, 64))  # numbered after the columns
+    assert open_sample_index(tmp_path, records).row(0)["bucket_width"] == 96
+    [part] = tmp_path.glob("manifest/part-00000-*.parquet")
+    content = bytearray(part.read_bytes())
+    content[content.index(b"gone")] ^= 1
+    part.write_bytes(content)
+    damaged: list[str] = []
+    assert set(read_latest(tmp_path, damaged)) == {"a", "b"} and len(damaged) == 1
+    drop_damaged_lines(tmp_path)
+    assert not part.exists() and set(read_latest(tmp_path)) == {"a", "b"}
