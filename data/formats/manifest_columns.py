@@ -1,8 +1,8 @@
 """A manifest as columns: Parquet files with the same entries as the lines of `manifest/part-<rank>.jsonl`.
 
 A line takes 500 bytes and more, an entry in columns about 90, most of them checksums. Cache jobs append lines; columns
-are written from them when no job runs (`--compact`). Any reader of Parquet can audit a cache with them. Each page has a
-checksum, and a damaged group of rows is skipped as damaged lines are.
+are written from them when no job runs (`compact_parts`). Any reader of Parquet can audit a cache with them. Each page
+has a checksum, and a damaged group of rows is skipped as damaged lines are.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence

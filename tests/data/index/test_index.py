@@ -11,6 +11,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
+from campaigns import hundred_million
 
 from sdxl_trainer.data.formats.latent_header import LatentHeader
 from sdxl_trainer.data.formats.manifest import (
@@ -30,6 +31,7 @@ from sdxl_trainer.data.index.schema import PARTS
 from sdxl_trainer.data.index.unlisted_latents import infer_placement
 from sdxl_trainer.data.loading.loader import build_plan
 from sdxl_trainer.data.metadata.records import parse_record
+from sdxl_trainer.data.order.plan import Plan, Position
 
 
 @pytest.fixture
@@ -383,3 +385,20 @@ def test_a_manifest_of_columns_joins_as_its_lines_do(tmp_path):
     assert set(read_latest(tmp_path, damaged)) == {"a", "b"} and len(damaged) == 1
     drop_damaged_lines(tmp_path)
     assert not part.exists() and set(read_latest(tmp_path)) == {"a", "b"}
+
+
+def test_a_start_over_many_tables_with_a_manifest_of_columns(tmp_path, monkeypatch):
+    """A short form of tests/campaigns/hundred_million.py."""
+    monkeypatch.setattr(hundred_million, "MILLION", 1000)
+    made = hundred_million.make(tmp_path, 2500)
+    first = hundred_million.first(tmp_path, 2500)
+    assert made["manifest_bytes_an_item"] <= 110 and first["index_bytes_a_record"] <= 300
+    index, plan = hundred_million.open_plan(tmp_path)
+    batch = plan.batch(Position(0, 3))
+    rows = [index.row(row) for row in batch.rows.tolist()]
+    assert {row["bucket_width"] << 16 | row["bucket_height"] for row in rows} == {batch.bucket}
+    assert all(row["file"].startswith("shards/") and row["offset"] % 263_680 == 1024 for row in rows)
+    assert all(parse_record(row)["caption"].count(", ") == 13 for row in rows)
+    expected = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
+    other = Plan(expected, plan.global_batch_size, 0)  # of sorted buckets, not of the rows in the file
+    assert other.batch(Position(2, 1)).rows.tolist() == plan.batch(Position(2, 1)).rows.tolist()
