@@ -113,7 +113,7 @@ class LatentFiles:
         self.files = [IndexFile(path) for path in paths]
         batches = [file.read_batches() for file in self.files]
         self._groups = RowGroups([batch for part in batches for batch in part])
-        self._names = [np.array(file.read_description()["names"], object) for file in self.files]
+        self._names: list[Any] = [np.array(file.read_description()["names"], object) for file in self.files]
         self.lengths = [sum(map(len, part)) for part in batches]  # rows of each file
         self._file_of_group = [number for number, part in enumerate(batches) for _ in part]
 
@@ -125,7 +125,7 @@ class LatentFiles:
         """The rows in their stored form."""
         return self._groups.batches
 
-    def iterate_names(self) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+    def iterate_names(self) -> Iterator[tuple[pa.RecordBatch, Any]]:
         """Yield each batch in its stored form, with the names that its numbers stand for."""
         for batch, file in zip(self.batches, self._file_of_group, strict=True):
             yield batch, self._names[file]

@@ -143,11 +143,16 @@ def make_part(work: Path, number: int, rows: np.ndarray) -> None:
         write_columns(part, build_manifest(rows, sizes, number).to_batches(1 << 16))
 
 
+def join_texts(*columns: Any) -> pa.Array:
+    """The texts of each row in one, with the last argument between them."""
+    return pc.call_function("binary_join_element_wise", [*columns[:-1], pa.scalar(columns[-1])])
+
+
 def name_rows(pattern: str, rows: np.ndarray, digits: int = 9) -> pa.Array:
     """`pattern` with each row's number in place of `*`."""
-    numbers = pc.utf8_lpad(pa.array(rows).cast(pa.string()), digits, "0")
+    numbers = pc.call_function("utf8_lpad", [pa.array(rows).cast(pa.string())], pc.PadOptions(digits, "0"))
     head, tail = pattern.split("*")
-    return pc.binary_join_element_wise(pa.scalar(head), numbers, pa.scalar(tail), "")
+    return join_texts(pa.scalar(head), numbers, pa.scalar(tail), "")
 
 
 def build_records(rows: np.ndarray, sizes: np.ndarray, rng: np.random.Generator) -> pa.Table:
@@ -156,8 +161,8 @@ def build_records(rows: np.ndarray, sizes: np.ndarray, rng: np.random.Generator)
     folders = name_rows("images/*/", rows // 1000, 6)
     return pa.table(
         {
-            "image_path": pc.binary_join_element_wise(folders, name_rows("img_*.jpg", rows), ""),
-            "caption": pc.binary_join_element_wise(*drawn, ", "),
+            "image_path": join_texts(folders, name_rows("img_*.jpg", rows), ""),
+            "caption": join_texts(*drawn, ", "),
             "artist": name_rows("artist *", rows % 977, 3),
             "original_width": sizes[:, 0],
             "original_height": sizes[:, 1],
@@ -189,9 +194,7 @@ def build_manifest(rows: np.ndarray, sizes: np.ndarray, number: int) -> pa.Table
         "resized_width": bucket[:, 0] + 16,
         "resized_height": bucket[:, 1],
         "identity": pa.array(["0" * 16] * len(rows)),
-        "source_path": pc.binary_join_element_wise(
-            name_rows("/data/images/*/", rows // 1000, 6), name_rows("img_*.jpg", rows), ""
-        ),
+        "source_path": join_texts(name_rows("/data/images/*/", rows // 1000, 6), name_rows("img_*.jpg", rows), ""),
         "source_bytes": rng.integers(50_000, 3_000_000, len(rows)),
         "source_mtime_ns": 1_700_000_000_000_000_000 + rng.integers(1 << 55, size=len(rows)),
         "source_sha256": build_digests(rng, len(rows)),
