@@ -22,6 +22,10 @@ class CheckpointConfig(Section):
     """Number of checkpoints to keep. Older ones are deleted once a new one is complete."""
     keep_every_steps: int = Field(0, ge=0)
     """Never delete checkpoints whose step is a multiple of this number; 0 protects none."""
+    keep_best: int = Field(0, ge=0)
+    """Number of best checkpoints to keep besides the others: those with the lowest x0 error on the validation samples,
+    of the weights or of a moving average, whichever is lower. Only checkpoints whose step was validated count, so
+    `checkpoint.every_steps` must be a multiple of `validation.every_steps`, or the reverse (docs/EVIDENCE.md)."""
     wait_for_space_minutes: float = Field(30.0, ge=0)
     """Minutes to wait for disk space when the disk is full. The checkpoint stays in host memory and training continues
     meanwhile; after that the job stops with status 1."""

@@ -77,9 +77,10 @@ def find_micro_batch(train: TrainConfig, world_size: int) -> int | None:
 
 
 def check_run_settings(config: Config) -> Iterator[Problem]:
-    """Yield problems of the settings of logs, exported models and the contrastive loss."""
+    """Yield problems of the settings of logs, exported models, kept checkpoints and the contrastive loss."""
     yield from check_wandb(config.log.wandb)
     yield from check_export_format(config)
+    yield from check_keep_best(config)
     yield from check_contrast(config)
 
 
@@ -96,3 +97,32 @@ def check_export_format(config: Config) -> Iterator[Problem]:
     if config.lora.rank and config.checkpoint.export_format != "single":
         rule = "does not apply to adapters, which are always exported as one file"
         yield Problem("checkpoint.export_format", config.checkpoint.export_format, rule, "leave it out")
+
+
+def check_keep_best(config: Config) -> Iterator[Problem]:
+    """Yield a problem if `checkpoint.keep_best` is set and no validation ranks the checkpoints."""
+    keep_best, saved, validated = (
+        config.checkpoint.keep_best,
+        config.checkpoint.every_steps,
+        config.validation.every_steps,
+    )
+    if not keep_best:
+        return
+    rule, cure = "", "leave it out"
+    if not config.validation.share and not config.validation.has_own_set:
+        rule = "needs a validation, which ranks the checkpoints"
+        cure = "set validation.share and validation.every_steps, or leave it out"
+    elif not validated:
+        rule = "needs validations on the way, but validation.every_steps is 0"
+        cure = f"set validation.every_steps: {saved or 1000}, or leave it out"
+    elif not saved:
+        rule = "needs checkpoints at the steps of validations, but checkpoint.every_steps is 0"
+        cure = f"set checkpoint.every_steps: {validated}, or leave it out"
+    elif saved % validated and validated % saved:
+        rule = (
+            f"finds few checkpoints that are validated: checkpoint.every_steps {saved} and validation.every_steps "
+            f"{validated} seldom fall on one step"
+        )
+        cure = f"set checkpoint.every_steps: {validated}, or a multiple of it"
+    if rule:
+        yield Problem("checkpoint.keep_best", keep_best, rule, cure)

@@ -11,7 +11,7 @@ import errno
 import re
 import shutil
 import stat
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +22,7 @@ from loguru import logger
 from sdxl_trainer.data.files import create_folder, hash_file, replace_file, write_atomic
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.train.checkpoint.state import STATE_FILE, TrainState
+from sdxl_trainer.train.held_out.best_step import rank_steps
 
 MANIFEST = "manifest.json"
 PARTS = "parts"
@@ -192,17 +193,36 @@ def get_step(path: Path) -> int:
     return int(path.name.rpartition("-")[2])
 
 
-def prune_checkpoints(folder: Path, keep_last: int, keep_every_steps: int) -> None:
-    """Delete the oldest checkpoints beyond `keep_last`, except steps that are multiples of `keep_every_steps`.
+def prune_checkpoints(folder: Path, keep_last: int, keep_every_steps: int, keep_best: int = 0) -> None:
+    """Delete the oldest checkpoints beyond `keep_last`, except steps that are multiples of `keep_every_steps`, and
+    except the best ones by their validations.
 
     A checkpoint whose files are not all there is not counted as kept, so that an intact one is not deleted for it.
     """
-    num_kept = 0
-    for path in reversed(list_checkpoints(folder)):
+    num_kept, checkpoints = 0, list_checkpoints(folder)
+    best = find_best_checkpoints(folder.parent, checkpoints, keep_best) if keep_best else set()
+    for path in reversed(checkpoints):
         if num_kept < keep_last:
             num_kept += read_manifest(path).damage is None
-        elif not keep_every_steps or get_step(path) % keep_every_steps:
+        elif path not in best and (not keep_every_steps or get_step(path) % keep_every_steps):
             delete_checkpoint(path)
+
+
+def find_best_checkpoints(run_folder: Path, checkpoints: Sequence[Path], keep_best: int) -> set[Path]:
+    """Return the best checkpoints by their validations, and those whose validation cannot be read at this moment.
+
+    The ranking is computed from files alone, so that a resume and a deletion by hand need no bookkeeping.
+    """
+    of_step = {get_step(path): path for path in checkpoints}
+    ranking = rank_steps(run_folder, list(of_step))
+    for step, reason in ranking.damaged.items():
+        logger.warning("{} is kept, because its validation cannot be read: {}", of_step[step], reason)
+    best, num_kept = {of_step[step] for step in ranking.damaged}, 0
+    for path in (of_step[step] for step in ranking.steps):
+        if num_kept < keep_best:
+            best.add(path)
+            num_kept += read_manifest(path).damage is None
+    return best
 
 
 def delete_checkpoint(path: Path) -> None:

@@ -90,6 +90,7 @@ def open_checkpoints(folder: Path, settings: CheckpointConfig, ranks: Ranks) -> 
         token=token,
         keep_last=settings.keep_last,
         keep_every_steps=settings.keep_every_steps,
+        keep_best=settings.keep_best,
         wait_for_space_seconds=60 * settings.wait_for_space_minutes,
     )
     if newest is not None:

@@ -59,6 +59,7 @@ class CheckpointWriter:
     token: str
     keep_last: int
     keep_every_steps: int = 0
+    keep_best: int = 0
     wait_for_space_seconds: float = 0.0
     last_step: int = field(default=-1, init=False)
     waits_for_space: bool = field(default=False, init=False)
@@ -111,7 +112,15 @@ class CheckpointWriter:
         One checkpoint always stays. Only rank 0 deletes.
         """
         if self.waits_for_space and self.rank == 0:
-            prune_checkpoints(self.folder, max(1, self.keep_last - 1), self.keep_every_steps)
+            prune_checkpoints(self.folder, max(1, self.keep_last - 1), self.keep_every_steps, self.keep_best)
+
+    def prune(self) -> None:
+        """Delete the checkpoints that are not kept, once none is being written. Only rank 0 deletes.
+
+        Each new checkpoint does so too, but before its own step is validated.
+        """
+        if self.rank == 0:
+            prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps, self.keep_best)
 
     def start_writing(
         self, files: dict[str, Any], state: TrainState, release: Callable[[], None] = lambda: None
@@ -293,7 +302,7 @@ class CheckpointWriter:
             time.sleep(0.05)
             ACTIVITY.background += 1
         logger.info("checkpoint {} is saved", sealed)
-        prune_checkpoints(self.folder, self.keep_last, self.keep_every_steps)
+        self.prune()
 
     def _give_up(self, step: int, error: FileNotFoundError) -> None:
         """Drop a checkpoint whose files were deleted. It is not announced, older ones stay, and another is saved."""

@@ -74,7 +74,8 @@ def examine_all(
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, num_steps, world_size, gpu_names))
     shapes = list_shapes(config)
-    checkpoint_bytes = compute_checkpoint_bytes(config, shapes) * (config.checkpoint.keep_last + 1)
+    num_checkpoints = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # one is being written
+    checkpoint_bytes = compute_checkpoint_bytes(config, shapes) * num_checkpoints
     snapshots = compute_snapshot_sizes(config, shapes, num_steps or 0)
     if snapshots.number:
         yield Finding("ema.lengths", snapshots.describe())

@@ -11,10 +11,11 @@ import numpy as np
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.train.evidence.grid_contrasts import Contrast, find_contrasts
-from sdxl_trainer.train.evidence.pairing import NUM_BINS, SharedErrors, choose_steps, share_errors
+from sdxl_trainer.train.evidence.pairing import SharedErrors, choose_steps, share_errors
 from sdxl_trainer.train.evidence.runs import Arm, Axis, EvidenceRun, form_arms, list_differences
 from sdxl_trainer.train.held_out.inference import (
     CONFIDENCE,
+    MIN_SAMPLES,
     Uncertainty,
     Variance,
     adjust_by_holm,
@@ -22,11 +23,10 @@ from sdxl_trainer.train.held_out.inference import (
     compute_t_interval,
     count_needed,
 )
-from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, name_bin
+from sdxl_trainer.train.held_out.sample_errors import NUM_BINS, WEIGHTS, name_bin
 
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 MIN_SEEDS = 3  # of each arm
-MIN_SAMPLES = 8  # below, the bootstrap decides nothing
 MAX_SEEDS, MAX_SAMPLES = 100, 1_000_000  # that are asked for
 
 

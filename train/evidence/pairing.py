@@ -8,11 +8,8 @@ import numpy as np
 
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.train.evidence.runs import Axis, EvidenceRun
-from sdxl_trainer.train.held_out.sample_errors import LOG_SNR_EDGES, ErrorTable
+from sdxl_trainer.train.held_out.sample_errors import LATENT_TOLERANCE, NUM_BINS, ErrorTable
 
-NUM_BINS = len(LOG_SNR_EDGES) + 1
-# Relative difference of a latent's mean square from which it counts as another latent: rounding is a thousandth of it.
-LATENT_TOLERANCE = 1e-3
 IDENTITY = ("key", "bucket_width", "bucket_height")  # columns of the fields of Sample
 COLUMNS = {"x0": "x0_error", "v": "v_error", "loss": "loss"}
 

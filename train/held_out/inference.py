@@ -1,10 +1,11 @@
-"""Statistics of comparisons, as pure functions: bootstrap, Holm's correction, Student's t, and sizes of experiments.
+"""Statistics of comparisons, as pure functions: bootstrap, Holm's correction, Student's t, trends, and sizes of
+experiments.
 
 Symbols: N samples, K groups of errors, n runs of an arm.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ CONFIDENCE = 0.95
 NUM_RESAMPLES = 4000
 RESAMPLES_AT_ONCE = 100  # their counts of samples are held together, [100, N]
 BOOTSTRAP_SEED = 20231
+MIN_SAMPLES = 8  # below, the bootstrap decides nothing
+MAX_EXACT = 30  # values of a trend whose p-value is counted
 MAX_DEGREES = 1e6  # of freedom; Student's t is normal by then
 
 
@@ -90,13 +93,8 @@ def bootstrap_means(values: np.ndarray, num_resamples: int = NUM_RESAMPLES) -> l
         For each column an interval, or None for a column with fewer than two values.
     """
     is_known = np.isfinite(values)
-    filled, random = np.where(is_known, values, 0.0), np.random.default_rng(BOOTSTRAP_SEED)
-    num_rows, parts = len(values), []
-    for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
-        size = min(RESAMPLES_AT_ONCE, num_resamples - start)
-        counts = (
-            random.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size) if num_rows else np.zeros((size, 0))
-        )
+    filled, parts = np.where(is_known, values, 0.0), []
+    for counts in _resample_rows(len(values), num_resamples):
         with np.errstate(invalid="ignore"):  # a resample without any value of a column has no mean
             parts.append((counts @ filled) / (counts @ is_known))
     resampled = np.concatenate(parts)
@@ -106,6 +104,36 @@ def bootstrap_means(values: np.ndarray, num_resamples: int = NUM_RESAMPLES) -> l
         means = resampled[np.isfinite(resampled[:, column]), column]
         intervals.append(_summarize(float(known.mean()), means, len(known)) if len(known) > 1 else None)
     return intervals
+
+
+def _resample_rows(num_rows: int, num_resamples: int) -> Iterator[np.ndarray]:
+    """Yield how often each resample contains each row, [up to RESAMPLES_AT_ONCE, N]. Equal for equal arguments."""
+    random = np.random.default_rng(BOOTSTRAP_SEED)
+    for start in range(0, num_resamples, RESAMPLES_AT_ONCE):
+        size = min(RESAMPLES_AT_ONCE, num_resamples - start)
+        yield random.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size) if num_rows else np.zeros((size, 0))
+
+
+def bootstrap_together(values: np.ndarray, num_resamples: int = NUM_RESAMPLES) -> list[Interval]:
+    """Return the mean of each column with an interval; all intervals hold together at CONFIDENCE.
+
+    Each interval is as many standard errors wide as the largest deviation among all columns of a resample is at
+    CONFIDENCE (the maximum of t: Westfall & Young 1993, Romano & Wolf 2005). p-values are corrected alike.
+
+    Args:
+        values: [N, K] finite, N of at least 2.
+    """
+    means, num_rows = values.mean(axis=0), len(values)
+    resampled = np.concatenate([counts @ values / num_rows for counts in _resample_rows(num_rows, num_resamples)])
+    deviations = np.abs(resampled - means) * math.sqrt(num_rows / (num_rows - 1))  # [resamples, K]
+    errors = np.sqrt(np.square(deviations).mean(axis=0))
+    scales = np.where(errors > 0, errors, 1.0)
+    largest = (deviations / scales).max(axis=1)
+    margins = float(np.quantile(largest, CONFIDENCE)) * errors
+    shares = (largest[:, None] >= np.abs(means) / scales).mean(axis=0)
+    p_values = np.where(errors > 0, np.maximum(shares, 1 / num_resamples), np.where(means == 0, 1.0, 0.0))
+    columns = (means, means - margins, means + margins, p_values)
+    return [Interval(*row) for row in zip(*(column.tolist() for column in columns), strict=True)]
 
 
 def _summarize(mean: float, resampled: np.ndarray, num_values: int) -> Interval:
@@ -175,3 +203,37 @@ def count_needed(effect: float, uncertainty_of: Callable[[int], Uncertainty], st
         middle = (low + high) // 2
         low, high = (low, middle) if decides(middle) else (middle, high)
     return high
+
+
+def compute_trend_p_value(values: Sequence[float]) -> float:
+    """Return the probability that values in random order rise as steadily as these (Mann 1945, Kendall 1938).
+
+    Equal values count as falling. It is exact up to MAX_EXACT values, and from there on by the normal distribution.
+    """
+    ordered, count = np.array(values), len(values)
+    num_falling = sum(int((ordered[place + 1 :] <= value).sum()) for place, value in enumerate(ordered))  # pairs
+    if count > MAX_EXACT:
+        num_pairs = count * (count - 1) / 2
+        deviation = math.sqrt(count * (count - 1) * (2 * count + 5) / 18)  # of rising minus falling pairs
+        return math.erfc((num_pairs - 2 * num_falling - 1) / deviation / math.sqrt(2)) / 2
+    probabilities = np.ones(1)  # of each number of falling pairs
+    for number in range(2, count + 1):
+        probabilities = np.convolve(probabilities, np.full(number, 1 / number))
+    return min(1.0, float(probabilities[: num_falling + 1].sum()))
+
+
+def compute_slope_p_value(places: np.ndarray, values: np.ndarray) -> float:
+    """Return the probability that values without a trend fall as much along `places`, by linear regression.
+
+    Args:
+        places, values: [N] each, N of at least 3.
+    """
+    centred = places - places.mean()
+    slope = centred @ values / (centred @ centred)
+    residuals = values - values.mean() - slope * centred
+    degrees = len(values) - 2
+    deviation = math.sqrt(residuals @ residuals / degrees / (centred @ centred))
+    if not deviation:
+        return 0.0 if slope < 0 else 1.0
+    tail = compute_t_tail(slope / deviation, degrees) / 2
+    return tail if slope < 0 else 1 - tail

@@ -25,6 +25,9 @@ MAX_FILE_BYTES, MAX_LINES = 1 << 28, 1 << 24
 # Bins of the logarithm of the SNR, the same for all runs: below -6, from -6 to -4, …, from 6 on. SDXL's schedule goes
 # from -5.4 to 7.1, and down to minus infinity with zero terminal SNR.
 LOG_SNR_EDGES = (-6, -4, -2, 0, 2, 4, 6)
+NUM_BINS = len(LOG_SNR_EDGES) + 1
+# Relative difference of a latent's mean square from which it counts as another latent: rounding is a thousandth of it.
+LATENT_TOLERANCE = 1e-3
 SCHEMA = pa.schema(
     [
         ("key", pa.string()),

@@ -7,14 +7,16 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import orjson
 from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import read_regular
 from sdxl_trainer.launch.append_file import AppendFile
+from sdxl_trainer.train.held_out.over_fitting import Losses
 
 BOARD_NAME = "events.out.tfevents."  # TensorBoard expects it
 CHANGES_FILE = "changes.jsonl"  # in the log folder: what each resume changed
@@ -220,6 +222,28 @@ def _parse_line(line: bytes) -> dict[str, Any] | None:
     is_whole = isinstance(values, dict) and isinstance(values.get("step"), int) and values["step"] < 1 << 63
     # A value is null if it was not finite.
     return values if is_whole and all(isinstance(value, (int, float, NoneType)) for value in values.values()) else None
+
+
+class Course(NamedTuple):
+    """The course of a run from one step to another."""
+
+    losses: Losses  # of training
+    over_fitting: set[int]  # best steps since which validations named over-fitting
+
+
+def read_course(file: Path, first_step: int, last_step: int) -> Course:
+    """Read the finite training losses after a first step, and the best steps of all over-fitting that was named."""
+    losses, named = {}, set()
+    for line in read_all_metrics(file) if file.is_file() else ():
+        loss, best_step = line.get("loss"), line.get("validation/over_fitting")
+        if line["step"] > last_step:
+            break  # left by a run that stopped after its last checkpoint
+        if loss is not None and line["step"] > first_step:
+            losses[line["step"]] = loss  # the last line of a step counts
+        if best_step is not None:
+            named.add(int(best_step))
+    steps = np.array(sorted(losses), np.int64)
+    return Course(Losses(steps, np.array([losses[step] for step in steps.tolist()])), named)
 
 
 def check_wandb(project: str | None) -> Iterator[Problem]:

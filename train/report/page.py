@@ -1,9 +1,10 @@
 """The report of a run as one page: `python -m sdxl_trainer.train.report RUN_FOLDER`.
 
 `report/report.html` embeds all its images and loads nothing else. It shows the metrics in `logs/metrics.jsonl`, the
-counts in `report/data.json`, the noise levels in `report/noise_levels.json`, the state in `logs/status.json`, the
-settings in `config.yaml` and the generated images in `samples/`. A run starts this program as a separate process
-(train/report/report_process.py), so training neither waits for it nor fails with it. Imports no torch.
+errors in `logs/validation`, the counts in `report/data.json`, the noise levels in `report/noise_levels.json`, the state
+in `logs/status.json`, the settings in `config.yaml` and the generated images in `samples/`. A run starts this program
+as a separate process (train/report/report_process.py), so training neither waits for it nor fails with it. Imports no
+torch.
 """
 
 import base64
@@ -34,6 +35,8 @@ from sdxl_trainer.configs.language.translate import (
 from sdxl_trainer.configs.paths import parse_path
 from sdxl_trainer.configs.problems import format_rate
 from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.train.held_out.history import read_histories
+from sdxl_trainer.train.held_out.sample_errors import list_files
 from sdxl_trainer.train.report.charts import (
     DOTS_PER_INCH,
     SIZE_INCHES,
@@ -51,6 +54,7 @@ from sdxl_trainer.train.report.noise_levels import read_noise_levels
 from sdxl_trainer.train.report.run_state import read_holder, resolve_state
 from sdxl_trainer.train.report.run_status import FINISHED, RUNNING, STATUS_FILE, read_status
 from sdxl_trainer.train.report.settings import read_settings
+from sdxl_trainer.train.report.validation_charts import draw_validation_charts
 from sdxl_trainer.train.sampling.image_grid import read_prompt, select_step_folders
 
 PAGE = Path(__file__).with_name("page.html")
@@ -93,9 +97,11 @@ def write_report(folder: Path) -> Path:
         changes=read_changes(logs / CHANGES_FILE),
         noise_levels=read_noise_levels(target),
     )
+    histories = read_histories(list_files(folder)).by_average
+    of_validations = draw_validation_charts(histories, numbers.get("validation/over_fitting"), numbers.changes)
     charts = [
         (chart, write_chart(chart, target / f"{chart.name}.png"))
-        for chart in map(translate_chart, draw_charts(numbers))
+        for chart in map(translate_chart, [*draw_charts(numbers), *of_validations])
     ]
     steps, strips = read_strips(folder / "samples")
     page = load_template().render(

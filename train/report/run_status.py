@@ -34,6 +34,7 @@ class RunStatus(msgspec.Struct, frozen=True, kw_only=True):
     num_non_finite: int = 0
     num_ranks: int = 1
     slow_ranks: str = ""  # that the others wait for
+    over_fitting: str = ""  # since which step the last validation finds it
     has_prompts: bool = False  # whether a request for generated images has an effect
     host: str = ""
     machine: str = ""  # identifies the system in which `process` is valid

@@ -16,7 +16,12 @@ from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.checks.latent_files import check_latent_channels, has_masks, measure_latent_std
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
-from sdxl_trainer.data.checks.validation_set import check_held_out, derive_validation_config, open_validation_set
+from sdxl_trainer.data.checks.validation_set import (
+    check_held_out,
+    derive_validation_config,
+    find_held_out_rows,
+    open_validation_set,
+)
 from sdxl_trainer.data.formats.latents import SDXL_CHANNELS
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import get_cache_folder
@@ -56,6 +61,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     if index is not None:
         leave_out_bad_latents(config, index, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
         problems += check_held_out(config.validation, index, validation_index)
+        problems += check_ranking(config, index)
     if vae:
         problems += check_latent_vae(config, index, vae)
         if validation_index is not None:
@@ -103,6 +109,15 @@ def check_resume(run: RunConfig) -> Iterator[Problem]:
     if run.resume == "never" and list_checkpoints(run.folder / "checkpoints"):
         cure = "choose another run.name, or remove the folder"
         yield Problem("run.resume", "never", f"does not allow a run folder with checkpoints: {run.folder}", cure)
+
+
+def check_ranking(config: Config, index: Index) -> Iterator[Problem]:
+    """Yield a problem if `checkpoint.keep_best` is set and so small a set leaves no samples to validate on."""
+    settings = config.validation
+    if config.checkpoint.keep_best and settings.share and not len(find_held_out_rows(settings, index, None)):
+        rule = f"has no effect: validation.share holds out none of {len(index)} samples"
+        cure = "add samples, give validation.metadata or image_dirs, or leave it out"
+        yield Problem("checkpoint.keep_best", config.checkpoint.keep_best, rule, cure)
 
 
 def check_mask_use(config: Config, index: Index | None) -> Iterator[Problem]:

@@ -156,6 +156,7 @@ class Progress:
         train_seconds: time spent in steps so far.
         data_wait_seconds: time spent waiting for data so far.
         slow_ranks: the ranks that the others wait for, as text; "" without one.
+        over_fitting: since which step the last validation finds over-fitting, as text; "" if it finds none.
     """
 
     def __init__(
@@ -171,7 +172,7 @@ class Progress:
         self.started = self._updated = time.monotonic()
         self.first_step = state.step
         self.train_seconds = self.data_wait_seconds = 0.0
-        self.slow_ranks = ""
+        self.slow_ranks = self.over_fitting = ""
         self._config, self._ranks, self._state, self._num_steps = config, ranks, state, num_steps
         self._checkpoints, self._requests, self._mfu_reference = checkpoints, requests, mfu_reference
         self._recent: deque[StepNumbers] = deque(maxlen=NUM_AVERAGED_STEPS)
@@ -271,6 +272,8 @@ class Progress:
             lines["skipped"] = describe_skipped(state)
         if self.slow_ranks:
             lines["slow ranks"] = self.slow_ranks
+        if self.over_fitting:
+            lines["over-fitting"] = self.over_fitting
         return Display(
             title=f"step {state.step} of {self._num_steps}",
             subtitle=self._config.run.name,

@@ -179,6 +179,7 @@ def finish(run: Run) -> None:
             except BrokenOff:
                 stop(run)
         run.checkpoints.save_whole(run.engine, run.state)
+        run.checkpoints.prune()
     if run.metrics is not None:
         run.metrics.close()
     if run.report is not None:

@@ -92,6 +92,7 @@ class StatusWriter:
             num_bad=position.num_bad,
             num_non_finite=position.num_non_finite,
             slow_ranks=progress.slow_ranks,
+            over_fitting=progress.over_fitting,
             written=time.time(),
         )
 

@@ -19,12 +19,23 @@ from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.launch.signals import BrokenOff
-from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, get_file, write_sample_errors
+from sdxl_trainer.train.held_out.best_step import find_lowest
+from sdxl_trainer.train.held_out.history import ErrorHistory, read_histories
+from sdxl_trainer.train.held_out.over_fitting import choose_stale_step, find_over_fitting
+from sdxl_trainer.train.held_out.sample_errors import (
+    WEIGHTS,
+    Facts,
+    SampleError,
+    get_file,
+    list_files,
+    write_sample_errors,
+)
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import draw_uniform
+from sdxl_trainer.train.report.metrics import CHANGES_FILE, read_changes, read_course
 from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.training_data import ValidationSet
 
@@ -75,13 +86,13 @@ def validate(run: Run) -> None:
             values |= {f"validation/{name}{suffix}": value for name, value in means.items()}
     finally:
         run.engine.model.train()
+    if run.ranks.is_main:
+        store_errors(run, run.validation.config, errors)
     if run.metrics is not None:
-        run.metrics.write(run.state.step, values)
         shown = [f"{values['validation/loss']:.5f}"]
         shown += [f"{values[f'validation/loss_ema_{name}']:.5f} with EMA {name}" for name in averages]
         logger.info("step {}: validation loss {}", run.state.step, ", ".join(shown))
-    if run.ranks.is_main:
-        store_errors(run, run.validation.config, errors)
+        run.metrics.write(run.state.step, values | judge_course(run))
 
 
 def get_measured(run: Run) -> Measured:
@@ -116,6 +127,47 @@ def store_errors(run: Run, config: ValidationConfig, errors: dict[str, list[Samp
         run.lost_validations.end()
     except OSError as error:
         run.lost_validations.add(str(error))
+
+
+def judge_course(run: Run) -> dict[str, float]:
+    """Log the x0 error and its lowest step, and return metrics. Over-fitting is named once for each best step.
+
+    `validation/over_fitting` is the best step of the weights; the metric is missing while there is no over-fitting.
+    """
+    values, over_fitting = {}, None
+    for average, history in read_histories(list_files(run.folder)).by_average.items():
+        best = find_lowest(history.means)
+        if best is None or history.steps[-1] != run.state.step:  # the file could not be written
+            continue
+        suffix = "" if average == WEIGHTS else f"_ema_{average}"
+        values[f"validation/x0_error{suffix}"] = float(history.means[-1])
+        if average == WEIGHTS:
+            shown = (history.means[-1], history.means[best], history.steps[best])
+            logger.info("step {}: x0 error {:.5f}, lowest {:.5f} at step {}", run.state.step, *shown)
+            over_fitting = watch_over_fitting(run, history)
+    run.progress.over_fitting = "" if over_fitting is None else f"since step {over_fitting}"
+    return values if over_fitting is None else {**values, "validation/over_fitting": over_fitting}
+
+
+def watch_over_fitting(run: Run, history: ErrorHistory) -> int | None:
+    """Return the best step of the weights if they over-fit since then, and warn unless an earlier validation has."""
+    logs, best_step = run.folder / "logs", choose_stale_step(history)
+    if best_step is None:
+        return None
+    # Losses before a change of settings or data may be on another scale.
+    first_step = max([best_step, *read_changes(logs / CHANGES_FILE)])
+    course = read_course(logs / "metrics.jsonl", first_step, run.state.step)
+    if best_step in course.over_fitting:
+        return best_step
+    excess = find_over_fitting(history, course.losses)
+    if excess is None:
+        return None
+    logger.warning(
+        "over-fitting: the x0 error of the validation has risen by {:.1f} % since step {} (95 % interval {:.1f} % to "
+        "{:.1f} %), while the training loss falls; take the model of step {} (docs/EVIDENCE.md)",
+        *(100 * excess.mean, best_step, 100 * excess.low, 100 * excess.high, best_step),
+    )
+    return best_step
 
 
 def compute_validation_errors(measured: Measured, held_out: ValidationSet) -> list[SampleError]:

@@ -35,7 +35,7 @@ MAX_STEPS = re.compile(rb"^  max_steps: (\d{1,12})\s*$", re.MULTILINE)
 NO_FILE = Path("/nonexistent")
 SHOWN_STATUS = (
     *("epoch", "seconds_left", "images_per_second", "data_wait_share", "loss", "memory", "num_bad"),
-    *("num_non_finite", "num_ranks", "slow_ranks", "has_prompts", "host", "started"),
+    *("num_non_finite", "num_ranks", "slow_ranks", "over_fitting", "has_prompts", "host", "started"),
 )
 
 

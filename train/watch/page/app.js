@@ -154,6 +154,7 @@ function showFacts(run) {
     [t("epoch")]: run.epoch == null ? null : writeNumber(run.epoch),
     [t("ranks")]: run.num_ranks > 1 ? `${run.num_ranks}` : null,
     [t("slow ranks")]: run.slow_ranks || null,
+    [t("over-fitting")]: run.over_fitting || null,
     [t("bad samples")]: run.num_bad ? writeCount(run.num_bad) : null,
     [t("non-finite updates")]: run.num_non_finite ? writeCount(run.num_non_finite) : null,
   };
