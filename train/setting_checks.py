@@ -101,28 +101,26 @@ def check_export_format(config: Config) -> Iterator[Problem]:
 
 def check_keep_best(config: Config) -> Iterator[Problem]:
     """Yield a problem if `checkpoint.keep_best` is set and no validation ranks the checkpoints."""
-    keep_best, saved, validated = (
-        config.checkpoint.keep_best,
-        config.checkpoint.every_steps,
-        config.validation.every_steps,
-    )
+    keep_best, saved = config.checkpoint.keep_best, config.checkpoint.every_steps
+    validated = config.validation.every_steps
     if not keep_best:
         return
-    rule, cure = "", "leave it out"
     if not config.validation.share and not config.validation.has_own_set:
         rule = "needs a validation, which ranks the checkpoints"
         cure = "set validation.share and validation.every_steps, or leave it out"
+        yield Problem("checkpoint.keep_best", keep_best, rule, cure)
     elif not validated:
         rule = "needs validations on the way, but validation.every_steps is 0"
         cure = f"set validation.every_steps: {saved or 1000}, or leave it out"
+        yield Problem("checkpoint.keep_best", keep_best, rule, cure)
     elif not saved:
         rule = "needs checkpoints at the steps of validations, but checkpoint.every_steps is 0"
         cure = f"set checkpoint.every_steps: {validated}, or leave it out"
+        yield Problem("checkpoint.keep_best", keep_best, rule, cure)
     elif saved % validated and validated % saved:
         rule = (
             f"finds few checkpoints that are validated: checkpoint.every_steps {saved} and validation.every_steps "
             f"{validated} seldom fall on one step"
         )
         cure = f"set checkpoint.every_steps: {validated}, or a multiple of it"
-    if rule:
         yield Problem("checkpoint.keep_best", keep_best, rule, cure)

@@ -42,8 +42,7 @@ COMPOSED = (
     *("peak", "GPU peak", "host peak", "{rate:,} images/s", "{seconds:,} s/image"),
     " (host {host}, process {process}, started {started})",
     # Names in charts and above them.
-    *("weights", "EMA {decay}", "best step, EMA {decay}", "ln(SNR) {bin}"),
-    *("validation", "validation, EMA {decay}", "dropped", "empty", "(empty)", "steps", "step"),
+    *("weights", "validation", "validation, EMA {decay}", "dropped", "empty", "(empty)", "steps", "step"),
     # Headings and verdicts of comparisons.
     *("group", "samples", "baseline", "arm", "difference", "low", "high", "verdict", "better", "worse", "undecided"),
     *("setting", "against", "combinations"),

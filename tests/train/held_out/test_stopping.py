@@ -94,7 +94,9 @@ def test_intervals_of_many_steps_hold_together() -> None:
 
 def test_trends_by_hand() -> None:
     assert compute_trend_p_value([1, 2, 3, 4, 5]) == pytest.approx(1 / 120)
-    assert compute_trend_p_value([2, 1, 3]) == pytest.approx(3 / 6) and compute_trend_p_value([3, 2, 1]) == pytest.approx(1)
+    assert compute_trend_p_value([2, 1, 3]) == pytest.approx(3 / 6) and compute_trend_p_value(
+        [3, 2, 1]
+    ) == pytest.approx(1)
     assert compute_trend_p_value([1, 1]) == pytest.approx(1)
     random = np.random.default_rng(0)
     rising = (np.arange(31) * 0.04 + random.standard_normal(31)).tolist()
