@@ -6,6 +6,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
+from sdxl_trainer.configs.language.translate import translate_label
 from sdxl_trainer.train.held_out.best_step import BestStep, find_best_step
 from sdxl_trainer.train.held_out.history import ErrorHistory
 from sdxl_trainer.train.held_out.sample_errors import NUM_BINS, WEIGHTS, name_bin
@@ -63,7 +64,7 @@ def describe_best(name: str, best: BestStep) -> str:
 
 def name_average(name: str) -> str:
     """Return the label of the weights or of an average."""
-    return WEIGHTS if name == WEIGHTS else f"EMA {name}"
+    return translate_label(WEIGHTS) if name == WEIGHTS else f"EMA {name}"
 
 
 def draw_noise_levels(history: ErrorHistory, best: Mapping[str, BestStep], stale_step: int | None) -> Chart:

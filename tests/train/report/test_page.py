@@ -71,8 +71,8 @@ def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tm
     for view in (light, dark):
         assert view.complaints == [] and view.requests == [Path(page).as_uri()] and not view.overflow
         assert all(image["width"] > 50 and len(image["alt"]) > 10 for image in view.images)
-    # Eight charts, and the generated images of three prompts at steps 1 and 2.
-    assert len(light.images) == 8 + 6 and light.title == "ranks-1: training report"
+    # Ten charts, and the generated images of three prompts at steps 1 and 2.
+    assert len(light.images) == 10 + 6 and light.title == "ranks-1: training report"
     assert sum(image["alt"] == "step 2: a red circle on a white background" for image in light.images) == 1
     assert light.ground == "rgb(255, 255, 255)" and dark.ground == "rgb(18, 22, 28)"
     # The browser reports the faults of a broken page.
@@ -83,6 +83,7 @@ def test_a_browser_shows_the_report_of_a_real_run(validated: dict[int, Path], tm
 def test_a_run_writes_its_report(validated: dict[int, Path]) -> None:
     folder = validated[1] / "report"
     assert sorted(path.stem for path in folder.glob("*.png")) == [
+        "best_step",
         "buckets",
         "data_wait_share",
         "grad_norm",
@@ -91,6 +92,7 @@ def test_a_run_writes_its_report(validated: dict[int, Path]) -> None:
         "lr",
         "samples_per_second",
         "tokens",
+        "x0_error",
     ]
     counts = json.loads((folder / "data.json").read_text())
     assert sum(counts["buckets"].values()) == counts["tokens"]["num_captions"] == 24
@@ -115,7 +117,7 @@ def test_a_report_in_chinese_has_no_english_words(validated: dict[int, Path], tm
     assert '<html lang="zh">' in page and "run：训练报告" in page and "已完成" in page and "24 个样本" in page
     shown = page.split("<details>")[0]  # then come the settings, by their names
     shown = re.sub(r'<style>.*?</style>|<th scope="row">.*?</th>', "", shown, flags=re.DOTALL)
-    texts = [re.sub(r"data\.max_tokens|UTC|EMA", "", text) for text in re.findall(r">([^<>]+)<", shown)]
+    texts = [re.sub(r"data\.max_tokens|UTC|EMA|SNR", "", text) for text in re.findall(r">([^<>]+)<", shown)]
     assert [text for text in texts if re.search("[A-Za-z]{3,}", text.replace("run", ""))] == []
     if find_face("损") is not None:  # without a font for Chinese, charts stay English
         assert chart.figure.axes[0].get_xlabel() == "步" and chart.figure.axes[0].get_ylabel() == "损失"
