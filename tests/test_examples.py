@@ -1,0 +1,92 @@
+"""Examples of clusters fit their schemas, and run the commands of the README by scripts that exist."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from json_schema import iterate_errors
+from programs import ROOT
+
+EXAMPLES, SCHEMAS = ROOT / "docs" / "examples", ROOT / "tests" / "fixtures" / "clusters"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAIRS = {"pytorch_job": "pytorch_job", "skypilot": "skypilot_task"}
+
+
+def load(example: str) -> tuple[Any, dict[str, Any]]:
+    schema = json.loads((SCHEMAS / f"{PAIRS[example]}.json").read_text())
+    return yaml.safe_load((EXAMPLES / f"{example}.yaml").read_text()), schema
+
+
+@pytest.mark.parametrize("example", PAIRS)
+def test_an_example_fits_its_schema(example):
+    content, schema = load(example)
+    assert list(iterate_errors(content, schema, schema)) == []
+
+
+@pytest.mark.parametrize(
+    ("example", "path", "value", "message"),
+    [
+        ("skypilot", ["num_node"], 2, "num_node: is unknown"),
+        ("skypilot", ["num_nodes"], "two", "num_nodes: is not of the type"),
+        ("skypilot", ["resources", "disk_size"], "500 GB", "disk_size: fits none"),
+        ("skypilot", ["resources", "cloud"], "nowhere", "cloud: is none of the values"),
+        ("skypilot", ["envs"], {"1A": "x"}, "envs.1A: is unknown"),
+        ("pytorch_job", ["spec", "runPolicy"], None, "runPolicy: is not of the type"),
+        ("pytorch_job", ["spec", "pytorchReplicaSpecs", "Master", "replica"], 1, "Master.replica: is unknown"),
+        (
+            "pytorch_job",
+            ["spec", "pytorchReplicaSpecs", "Worker", "template", "spec", "containers"],
+            [{}],
+            "lacks name",
+        ),
+    ],
+)
+def test_a_mistake_is_found(example, path, value, message):
+    content, schema = load(example)
+    content = part = copy.deepcopy(content)
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = value
+    assert any(message in error for error in iterate_errors(content, schema, schema))
+
+
+def list_instructions() -> list[tuple[str, str]]:
+    """The instructions of the Dockerfile, each with its arguments on one line."""
+    text = re.sub(r"\\\n\s*", "", (EXAMPLES / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
+
+
+def test_the_dockerfile_runs_the_commands_of_the_readme():
+    instructions = list_instructions()
+    assert {name for name, _ in instructions} == {"FROM", "SHELL", "RUN", "WORKDIR", "COPY", "ENV", "CMD"}
+    assert instructions[0][0] == "FROM" and ":" in instructions[0][1]  # a version, not `latest`
+    commands = [
+        command for name, command in instructions if name == "RUN" and not command.startswith("apt-get update ")
+    ]
+    [start] = [" ".join(json.loads(command)) for name, command in instructions if name == "CMD"]
+    documented = [line.partition("#")[0].strip() for line in README.splitlines()]
+    assert commands and all(command in documented for command in [*commands, start])
+    copied = [source for name, words in instructions if name == "COPY" for source in words.split()[:-1]]
+    assert copied and all((ROOT / source).exists() for source in copied)
+    order = [name for name, _ in instructions]
+    assert order.index("COPY") < instructions.index(("RUN", "pip install -c constraints.txt -e ."))
+
+
+@pytest.mark.parametrize("name", ["pytorch_job.yaml", "skypilot.yaml", "Dockerfile"])
+def test_an_example_names_scripts_that_exist_and_says_what_was_not_tried(name):
+    text = (EXAMPLES / name).read_text()
+    scripts = re.findall(r"\blaunch/\w+\.sh", text)
+    assert scripts and all((ROOT / script).is_file() for script in scripts)
+    head = text.partition("\nFROM")[0].partition("\nname:")[0]
+    assert "Checked: " in head and re.search("Not (run|built): ", head)
+
+
+def test_the_setup_of_skypilot_is_that_of_the_readme():
+    setup = load("skypilot")[0]["setup"].splitlines()
+    assert Path(ROOT / "constraints.txt").is_file()
+    assert all(any(line.partition("#")[0].strip() == command for line in README.splitlines()) for command in setup)
