@@ -39,12 +39,11 @@ def expand_shard_list(pattern: str) -> list[str]:
 
 
 def _expand(pattern: str) -> list[str]:
-    from braceexpand import UnbalancedBracesError
     from webdataset.shardlists import expand_urls
 
     try:
         return expand_urls(pattern)
-    except UnbalancedBracesError:
+    except ValueError:  # UnbalancedBracesError of braceexpand
         raise ShardListError(
             "has a brace without its partner", "close it, or write a brace that belongs to the name as \\{ or \\}"
         ) from None

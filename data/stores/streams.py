@@ -5,6 +5,7 @@ webdataset starts the command. Training reads samples by position, so the stream
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 PIPE = "pipe:"
 # The protocols that webdataset opens and fsspec does not; tests/data/stores/test_streams.py compares both lists.
@@ -38,7 +39,7 @@ def copy_stream(url: str, file: Path) -> None:
     from webdataset.gopen import gopen  # imports torch, which most commands do not need
 
     try:
-        stream = gopen(url)
+        stream: Any = gopen(url)  # a Pipe
     except (ValueError, OSError) as error:  # WDS_SECURE=1, or the program that reads the protocol is not installed
         raise RefusedStreamError(str(error)) from None
     stream.ignore_errors = True  # webdataset's own errors repeat the whole command, which the URL already names
