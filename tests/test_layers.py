@@ -22,6 +22,7 @@ ROOMS = {
     "train": (
         *("held_out", "objective", "networks", "optim", "engine", "checkpoint", "sampling"),
         *("report", "evidence", "export", "estimates", "tiny", "run", "scoring", "doctor", "watch", "ablation"),
+        "quality",
     ),
     "configs": ("language", "kohya"),
     "launch": (),
@@ -36,11 +37,13 @@ LIGHT = (
     "train/cli.py",
     *(
         f"{room}/program.py"
-        for room in ("cache/preview", "train/ablation", "train/doctor", "train/evidence", "train/watch")
+        for room in (
+            *("cache/preview", "train/ablation", "train/doctor", "train/evidence", "train/quality", "train/watch"),
+        )
     ),
 )
 ENTRY_POINTS = ("cache/main.py", "train/main.py", "train/sample_main.py")
-STARTED = ("ablation", "doctor", "report", "tiny", "watch")  # rooms of train/ that are programs
+STARTED = ("ablation", "doctor", "quality", "report", "tiny", "watch")  # rooms of train/ that are programs
 # Programs that people start by path or by `python -m`.
 PROGRAMS = (
     *(

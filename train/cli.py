@@ -55,6 +55,7 @@ PROGRAMS = {
     "validate": Program("validate a model file on the validation set of a run", "sdxl_trainer.train.validate"),
     "compare": Program("compare runs: which setting helps, by how much", "sdxl_trainer.train.compare"),
     "ablate": Program("train a grid of settings, and compare them", "ablate.sh"),
+    "quality": Program("measure generated images: FID, KID, CMMD", "quality.sh"),
     "sample": Program("generate the images of a prompt file", "sample.sh"),
     "convert": Program("convert a run or a model file for other programs", "sdxl_trainer.train.convert"),
 }

@@ -45,7 +45,7 @@ COMPOSED = (
     *("weights", "validation", "validation, EMA {decay}", "dropped", "empty", "(empty)", "steps", "step"),
     # Headings and verdicts of comparisons.
     *("group", "samples", "baseline", "arm", "difference", "low", "high", "verdict", "better", "worse", "undecided"),
-    *("setting", "against", "combinations"),
+    *("setting", "against", "combinations", "model", "value"),
     # Help of configs/document.py, whose other texts are those of the page.
     *("Print the page of all settings: type, default, meaning.",),
     *("language of the page (default: the one that LANG names, or English)",),

@@ -36,6 +36,7 @@ class RandomStream(IntEnum):
     CONTRAST = 20
     FOURIER_FEATURES = 21
     ADAPTED_LAYER = 22
+    QUALITY = 23
 
 
 def derive_seed(*keys: int) -> int:

@@ -20,12 +20,14 @@ STATUS_OF_WRONG_SETTINGS = {
     "train.sh": 2,
     "deepspeed.sh": 2,
     "preview.sh": 2,
+    "quality.sh": 2,
     "sample.sh": 2,
     "slurm.sbatch": 2,
     "doctor.sh": 1,
 }
 NEEDED_WORDS = {
     "ablate.sh": ("--vary", "optim.lr=1e-5,2e-5"),
+    "quality.sh": ("--model", "no/model", "--features", "no/features"),
     "sample.sh": ("--model", "no/model", "--prompts", "no/prompts.txt", "--out", "no/folder"),
 }
 # Slurm's programs for a job on one node: this machine.
