@@ -168,8 +168,7 @@ def describe_prompt(prompt: Prompt) -> str:
 
 def describe_latents(sample: ValidationSample, latents: torch.Tensor) -> str:
     """Return what is stored with a decoded image: its caption and the SHA-256 of its latents."""
-    digest = hashlib.sha256(latents.numpy().tobytes()).hexdigest()
-    return "\n".join((sample.caption, f"Latents: {digest}"))
+    return "\n".join((sample.caption, hashlib.sha256(latents.numpy().tobytes()).hexdigest()))
 
 
 def get_file(folder: Path, sample: ValidationSample) -> Path:
