@@ -1,7 +1,7 @@
 """A measurement from models to result: open, write images, compute features, measure."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,11 +122,11 @@ def run_quality(request: Request, as_json: bool = False) -> None:
     close_ranks()
 
 
-def check_out(request: Request, frame: Frame) -> list[Problem]:
-    """Return a problem if images have no place: no folder is given, and the first model is not in a run."""
-    if request.out is not None or frame.models[0].run_folder is not None:
-        return []
-    return [Problem("--out", None, "is needed: the first model is not in a run folder", "give a folder for the images")]
+def check_out(request: Request, frame: Frame) -> Iterator[Problem]:
+    """Yield a problem if images have no place: no folder is given, and the first model is not in a run."""
+    if request.out is None and frame.models[0].run_folder is None:
+        rule = "is needed: the first model is not in a run folder"
+        yield Problem("--out", None, rule, "give a folder for the images")
 
 
 def choose_out(request: Request, frame: Frame) -> Path:

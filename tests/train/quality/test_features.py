@@ -1,12 +1,12 @@
 """Feature models: transformers' own outputs, torch-fidelity's Inception, what is refused, and the cache."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from feature_models import build_inception_weights, write_clip, write_dinov2
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -22,7 +22,7 @@ def draw_image(seed: int, width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
-def test_features_are_those_of_transformers(tmp_path: Path) -> None:
+def test_features_are_those_of_transformers(tmp_path: Path, write_clip: Callable, write_dinov2: Callable) -> None:
     images = [draw_image(1, 40, 30), draw_image(2, 32, 64)]
     clip, processor = write_clip(tmp_path / "clip")
     loaded = load_features(tmp_path / "clip", "clip", "", CPU)
@@ -42,9 +42,9 @@ def test_features_are_those_of_transformers(tmp_path: Path) -> None:
     assert not [*(problem for name in ("clip", "whole", "dinov2") for problem in check_features(tmp_path / name))]
 
 
-def test_the_inception_of_fid_is_that_of_torch_fidelity(tmp_path: Path) -> None:
+def test_the_inception_of_fid_is_that_of_torch_fidelity(tmp_path: Path, inception_weights: dict) -> None:
     """`FeatureExtractorInceptionV3` of torch-fidelity 0.4.0 with these random weights, and its scaling to 299x299."""
-    save_file({**build_inception_weights(), "fc.bias": torch.zeros(1008)}, tmp_path / "inception.safetensors")
+    save_file({**inception_weights, "fc.bias": torch.zeros(1008)}, tmp_path / "inception.safetensors")
     assert list(check_features(tmp_path / "inception.safetensors")) == []
     image = draw_image(8, 70, 50)
     pixels = prepare_for_inception(image)
@@ -58,7 +58,7 @@ def test_the_inception_of_fid_is_that_of_torch_fidelity(tmp_path: Path) -> None:
     assert float(features.std()) == pytest.approx(0.4530356824398041, abs=1e-5)
 
 
-def test_what_is_no_feature_model_is_refused(tmp_path: Path) -> None:
+def test_what_is_no_feature_model_is_refused(tmp_path: Path, write_dinov2: Callable) -> None:
     def refuse(path: Path) -> str:
         return " ".join(f"{problem.rule}: {problem.cure}" for problem in check_features(path))
 
@@ -90,7 +90,7 @@ def test_what_is_no_feature_model_is_refused(tmp_path: Path) -> None:
     assert "is not a JSON object" in refuse(tmp_path / "model")
 
 
-def test_a_processor_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
+def test_a_processor_with_code_of_its_own_is_refused(tmp_path: Path, write_dinov2: Callable) -> None:
     write_dinov2(tmp_path / "model")
     (tmp_path / "model" / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     file = tmp_path / "model" / "preprocessor_config.json"
@@ -104,7 +104,7 @@ def test_a_processor_with_code_of_its_own_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_the_identity_follows_weights_and_preparation(tmp_path: Path) -> None:
+def test_the_identity_follows_weights_and_preparation(tmp_path: Path, write_dinov2: Callable) -> None:
     write_dinov2(tmp_path / "model")
     before = identify_features(tmp_path / "model")
     (tmp_path / "model").rename(tmp_path / "moved")

@@ -2,11 +2,11 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from feature_models import write_clip, write_dinov2
 from PIL import Image
 from programs import run_program
 
@@ -20,7 +20,13 @@ PROGRAM = "train/quality/__main__.py"
 
 
 @pytest.fixture(scope="module")
-def stage(validated: dict[int, Path], cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def stage(
+    validated: dict[int, Path],
+    cached_folder: Path,
+    write_clip: Callable,
+    write_dinov2: Callable,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Path:
     """Two feature models, and a validation set of 10 samples: the 7 of the runs and 3 more."""
     folder = tmp_path_factory.mktemp("quality")
     write_clip(folder / "clip")

@@ -1,10 +1,12 @@
 """Tiny feature models with random weights, written as their publishers write them."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 IMAGE_PX, PATCH_PX = 28, 14
@@ -24,7 +26,19 @@ DINOV2_PROCESSOR = {  # as facebook/dinov2-base has it, but for its sizes
 }
 
 
-def write_clip(folder: Path, with_text: bool = False) -> tuple[Any, Any]:
+@pytest.fixture(scope="session")
+def write_clip() -> Callable:
+    """`_write_clip`."""
+    return _write_clip
+
+
+@pytest.fixture(scope="session")
+def write_dinov2() -> Callable:
+    """`_write_dinov2`."""
+    return _write_dinov2
+
+
+def _write_clip(folder: Path, with_text: bool = False) -> tuple[Any, Any]:
     """Write a CLIP, by itself its network for images; return the network and the processor."""
     from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -45,7 +59,7 @@ def write_clip(folder: Path, with_text: bool = False) -> tuple[Any, Any]:
     return network.eval().requires_grad_(False), processor
 
 
-def write_dinov2(folder: Path) -> Any:
+def _write_dinov2(folder: Path) -> Any:
     """Write a DINOv2, and return it."""
     from transformers import Dinov2Config, Dinov2Model
 
@@ -59,7 +73,8 @@ def write_dinov2(folder: Path) -> Any:
     return network.eval().requires_grad_(False)
 
 
-def build_inception_weights() -> dict[str, torch.Tensor]:
+@pytest.fixture(scope="session")
+def inception_weights() -> dict[str, torch.Tensor]:
     """Random weights of FID's Inception, with which activations keep their size."""
     from sdxl_trainer.train.quality.inception import list_shapes
 
