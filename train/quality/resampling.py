@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from sdxl_trainer.train.held_out.inference import MAX_DEGREES, compute_t_quantile, compute_t_tail
+from sdxl_trainer.train.held_out.inference import MAX_DEGREES, Uncertainty, Variance, compute_t_tail
 from sdxl_trainer.train.quality.measures import compute_cmmd, compute_fid, compute_kid
 
 NUM_RESAMPLES = 200
 NUM_SUBSETS, MAX_SUBSET = 100, 1000  # of KID, as in its paper
 SEED = 20240
-NORMAL_QUANTILE = compute_t_quantile(MAX_DEGREES)  # 1.96
+NORMAL_QUANTILE = Uncertainty([Variance(1.0, MAX_DEGREES)]).compute_quantile()  # 1.96
 
 # (x, y, x_counts [R, n], y_counts [R, m]) → [R]; counts of None are one resample with each image once.
 Measure = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None], torch.Tensor]
