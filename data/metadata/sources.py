@@ -283,15 +283,19 @@ def iterate_table_rows(file: Path) -> Iterator[TableRows]:
     try:
         with open_stream(file) as stream:
             for batch in pq.ParquetFile(stream).iter_batches(ROWS_AT_ONCE):
-                columns = {name: column.to_pylist() for name, column in zip(batch.schema.names, batch, strict=True)}
-                for field in batch.schema:
-                    if pa.types.is_map(field.type):  # Arrow gives maps as lists of pairs
-                        pairs = columns[field.name]
-                        columns[field.name] = [{str(key): value for key, value in row or ()} for row in pairs]
-                yield TableRows(number, columns)
+                names = zip(batch.schema.names, batch.columns, strict=True)
+                yield TableRows(number, {name: _list_values(column) for name, column in names})
                 number += len(batch)
     except PARQUET_ERRORS as error:
         raise ValueError(f"{file}: not a readable Parquet file: {error}") from None
+
+
+def _list_values(column: pa.Array) -> list[Any]:
+    """Return the values of a column. Arrow gives maps as lists of pairs, which become dicts."""
+    values = column.to_pylist()
+    if pa.types.is_map(column.type):
+        return [{str(key): value for key, value in row or ()} for row in values]
+    return values
 
 
 def parse_table_rows(file: Path, rows: TableRows, refused: RefusedValues) -> list[SourceRecord]:
