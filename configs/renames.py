@@ -18,6 +18,7 @@ RENAMED = {
     "data.missing_caption": "data.on_missing_caption",
     "data.stream": "data.remote_shards",
     "data.weights": "data.source_weights",
+    "sample.scheduler": "sample.sampler",
     "train.non_finite": "train.on_non_finite",
 }
 

@@ -440,8 +440,8 @@ MISTAKES: dict[str, tuple[Callable[[Path], list[str] | str], tuple[str, ...]]] =
     "a missing attention": (give_words("engine.attention=xformers"), ("engine.attention", "cure: set it to sdpa")),
     "a missing module": (give_words("optim.name=came_pytorch.CAME"), ("came_pytorch", "pip install came_pytorch")),
     "a wrong class of a module": (give_words("optim.name=torch.optim.Adamm"), ("did you mean torch.optim.Adam?",)),
-    "a scheduler in capitals": (
-        give_words("sample.prompts=[a]", "sample.scheduler=Euler_A"),
+    "a sampler in capitals": (
+        give_words("sample.prompts=[a]", "sample.sampler=Euler_A"),
         ("did you mean euler_a?",),
     ),
     "an odd size of images": (give_words("sample.prompts=['a --w 1001']"), ("--w", "1001", "8")),

@@ -406,7 +406,7 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
     },
     "eval_on_train_start": copied("sample.at_start"),
     "eval_on_train_end": built_in("images are always generated at the end"),
-    **{f"{name}_sampler": converted(look_up(SAMPLERS), "sample.scheduler") for name in ("eval", "sample")},
+    **{f"{name}_sampler": converted(look_up(SAMPLERS), "sample.sampler") for name in ("eval", "sample")},
     **{
         f"{name}_benchmark": converted(
             as_text, "sample.prompt_file", note="a JSON list of prompts; without it, the successor takes captions"

@@ -71,12 +71,9 @@ RESUME = f"starting the same command again resumes; states of {TRAINER} cannot b
 LOGS = "logs are in the run folder, as TensorBoard files and metrics.jsonl"
 
 SAMPLERS = {
-    **{
-        name: name
-        for name in ("ddim", "pndm", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsolver++", "dpmsingle")
-    },
+    **{name: name for name in ("ddim", "pndm", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsingle")},
     **{f"k_{name}": name for name in ("euler", "euler_a", "dpm_2", "dpm_2_a")},
-    "dpmsolver": "dpmsolver++",
+    **{name: "dpmpp_2m" for name in ("dpmsolver", "dpmsolver++")},
 }
 SAFETENSORS_ONLY = refuse_suffixes(
     ".ckpt", ".pt", reason="is not a safetensors file, the only format that is read; convert it"
@@ -417,7 +414,7 @@ OUTPUT = {
         "sample.prompt_file",
         "sample.prompts",
         note="a file, or prompts, one a line",
-        difference="without flags, prompts use the size, steps, guidance scale and scheduler of `sample`, and seeds "
+        difference="without flags, prompts use the size, steps, guidance scale and sampler of `sample`, and seeds "
         "from `sample.seed` on; kohya's scripts use 512 x 512, 30 steps, 7.5, `ddim` and random seeds",
     ),
     "sample_every_n_steps": converted(requires("sample_prompts"), "sample.every_steps"),
@@ -427,7 +424,7 @@ OUTPUT = {
     "sample_at_first": converted(requires("sample_prompts"), "sample.at_start"),
     "sample_sampler": converted(
         requires("sample_prompts", look_up(SAMPLERS)),
-        "sample.scheduler",
+        "sample.sampler",
         note="default `ddim` in kohya's scripts, `euler` here",
     ),
     "logging_dir": built_in(LOGS),

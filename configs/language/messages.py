@@ -11,10 +11,11 @@ from sdxl_trainer.configs.language.foreign import FOREIGN
 from sdxl_trainer.configs.language.templates import Field, Part, format_template
 
 FOLDERS = ("configs", "launch", "data", "cache", "train")
-# Texts of documents, and of programs for developers.
+# Texts of documents, of files that other programs read, and of programs for developers.
 ELSEWHERE = (
     *("configs/document.py", "configs/kohya/document.py", "configs/language/"),
-    *("train/estimates/gpus.py", "train/tiny/pretraining.py", "train/tiny/tokenizer.py", "train/tiny/vae.py"),
+    *("train/estimates/gpus.py", "train/sampling/parameters.py", "train/tiny/pretraining.py"),
+    *("train/tiny/tokenizer.py", "train/tiny/vae.py"),
 )
 MAX_FORMS = 24  # of a message with conditions; one with more has fields in place of the conditions
 # Calls whose texts are looked up, compared or passed on, and not shown.

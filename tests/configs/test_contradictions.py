@@ -112,7 +112,7 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
         ("validation.every_steps=5", "validation.every_steps", "set validation.share"),
         ("validation.share=0.99", "validation.share", "did you mean 0.01?"),
         ("sample.at_start=true", "sample.at_start", "set sample.prompts"),
-        ("sample.prompts=[a] sample.scheduler=ddim objective.prediction=flow", "sample.scheduler", "euler, heun"),
+        ("sample.prompts=[a] sample.sampler=ddim objective.prediction=flow", "sample.sampler", "euler, dpmpp_2m"),
         (
             "objective.prediction=flow objective.contrastive_weight=0.05",
             "objective.contrastive_weight",

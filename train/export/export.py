@@ -32,6 +32,7 @@ from sdxl_trainer.launch.distributed import Ranks, wait_for_ranks
 from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.networks.adapter_files import write_adapters
 from sdxl_trainer.train.objective.timesteps import resolve_shift
+from sdxl_trainer.train.sampling.parameters import name_step_file
 
 EXPORT_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -150,7 +151,7 @@ def export_local_model(path: Path, engine: Engine, settings: ExportSettings) -> 
 
 def get_model_path(config: Config, step: int, average: str | None = None) -> Path:
     """Return the path of the exported model of a step, or of its moving average: a file or a diffusers folder."""
-    name = f"step-{step:08d}{'-lora' if config.lora.rank else ''}{f'-ema-{average}' if average else ''}"
+    name = name_step_file(step, config.lora.rank > 0, average)
     is_file = config.lora.rank or config.checkpoint.export_format == "single"
     return config.run.folder / "models" / (f"{name}.safetensors" if is_file else name)
 
@@ -203,7 +204,7 @@ def write_components(path: Path, components: Weights, settings: ExportSettings) 
     vae_config = read_vae_config(source, settings.model)
     configs = {name: source.read_config(name) for name in COMPONENTS} | {"vae": build_exported_vae_config(vae_config)}
     if path.suffix != ".safetensors":
-        from sdxl_trainer.train.sampling.samplers import build_exported_scheduler
+        from sdxl_trainer.train.sampling.schedulers import build_exported_scheduler
 
         write_diffusers_folder(
             path,

@@ -16,6 +16,7 @@ from sdxl_trainer.train.sampling.image_grid import (
     build_progress_strip,
     write_image,
 )
+from sdxl_trainer.train.sampling.parameters import describe_image, name_step
 from sdxl_trainer.train.sampling.pipeline import build_image_generator, generate_images
 from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
 
@@ -55,7 +56,9 @@ def write_generated_images(run: Run) -> None:
         run.conditioner.release()
     if run.ranks.is_main:
         try:
-            write_images(folder, _name_step(run), prompts, images)
+            model = name_step(run.config, run.state.step, average)
+            descriptions = [describe_image(prompt, run.config, model, run.source) for prompt in prompts]
+            write_images(folder, _name_step(run), prompts, images, descriptions)
             run.lost_images.end()
         except OSError as error:
             run.lost_images.add(str(error), len(images))
@@ -70,14 +73,19 @@ def _name_step(run: Run) -> str:
     return f"step-{run.state.step:08d}"
 
 
-def write_images(folder: Path, name: str, prompts: Sequence[Prompt], images: Sequence[Image.Image]) -> None:
+def write_images(
+    folder: Path, name: str, prompts: Sequence[Prompt], images: Sequence[Image.Image], descriptions: Sequence[str]
+) -> None:
     """Write the images of a step, their grid, the strip over all steps, and the comparison of the first and last step.
+
+    Args:
+        descriptions: parameters of the images.
 
     Raises:
         OSError: a file cannot be written.
     """
-    for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-        write_image(folder / name / f"{number:03d}.png", image, prompt.describe())
+    for number, (image, description) in enumerate(zip(images, descriptions, strict=True)):
+        write_image(folder / name / f"{number:03d}.png", image, description)
     write_image(folder / f"{name}.png", build_image_grid(images))
     strip = build_progress_strip(folder)
     if strip is not None:

@@ -26,12 +26,14 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     read_declared_prediction,
     read_declared_size,
 )
+from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
 from sdxl_trainer.train.networks.adapters import add_adapters
 from sdxl_trainer.train.networks.conditioning import TextConditioner
 from sdxl_trainer.train.networks.trained_networks import list_trained_encoders, load_unet, unfreeze_text_encoder
 from sdxl_trainer.train.sampling.image_grid import build_image_grid, write_image
+from sdxl_trainer.train.sampling.parameters import describe_image, name_model, name_step
 from sdxl_trainer.train.sampling.pipeline import ImageGenerator, build_image_generator, generate_images
 from sdxl_trainer.train.sampling.prompts import load_prompts
 
@@ -75,8 +77,11 @@ def run_sampling(
     with ACTIVITY.during("generating images"), use_attention(config.engine.attention):
         images = generate_images(generator, prompts, ranks)
     if ranks.is_main:
+        drawn = (
+            name_model(model) if checkpoint is None else name_step(config, TrainState.load(checkpoint).step, average)
+        )
         for number, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
-            write_image(out / f"{number:03d}.png", image, prompt.describe())
+            write_image(out / f"{number:03d}.png", image, describe_image(prompt, config, drawn, generator.source))
         write_image(out / "contact_sheet.png", build_image_grid(images, labels=[prompt.text for prompt in prompts]))
         logger.info("{} written to {}", format_count(len(images), "image"), out)
     close_ranks()

@@ -1,4 +1,4 @@
-"""Image generation from prompts, with diffusers' own SDXL pipeline. No global random state is used."""
+"""Image generation from prompts. No global random state is used."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +11,7 @@ from sdxl_trainer.cache.encode.text_encoder import move_tokens
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.formats.latents import VAE_FACTOR
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.text.tokens import Tokenizers, encode_captions
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -19,7 +20,13 @@ from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.networks.conditioning import TextConditioner, TextEmbeddings
 from sdxl_trainer.train.objective.diffusion import LatentStatistics, denormalize_latents
 from sdxl_trainer.train.objective.objective import resolve_latent_statistics
+from sdxl_trainer.train.sampling.guidance import GuidedPrediction
 from sdxl_trainer.train.sampling.prompts import Prompt
+from sdxl_trainer.train.sampling.samplers import SAMPLERS
+from sdxl_trainer.train.sampling.sigmas import Sigmas, build_sigmas, compute_sigmas
+
+# (x_t [B, C, h, w], timestep) -> the U-Net's prediction in fp32, [B, C, h, w]
+Predict = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,38 +44,46 @@ class ImageGenerator:
     weighted: bool  # brackets in prompts are weights, as in training
     dtype: torch.dtype  # of the U-Net
 
+    @torch.no_grad()
     def generate(self, prompt: Prompt, break_off_if_stopped: Callable[[], None] = lambda: None) -> Image.Image:
-        """Generate one image. The initial noise is drawn on the CPU, so it is equal on every device.
+        """Generate one image.
+
+        The initial noise is drawn on the CPU in fp32, as in ComfyUI, so it is equal on every device. The latent stays
+        in fp32 between the steps, whatever the precision of the U-Net.
 
         Args:
-            break_off_if_stopped: called after each denoising step; raises to end the work.
+            break_off_if_stopped: called after each forward pass of the U-Net; raises to end the work.
         """
+        from diffusers.image_processor import VaeImageProcessor
 
-        def end_step(pipeline: Any, step: int, timestep: Any, values: dict) -> dict:
-            break_off_if_stopped()
-            return values
-
-        from sdxl_trainer.train.sampling.samplers import build_scheduler
-
-        size = Size(prompt.width_px, prompt.height_px)
-        scheduler = build_scheduler(self.source, self.objective, prompt.scheduler, size)
-        pipeline = build_pipeline(self.unet, self.vae, scheduler)
+        # Encoding may be a collective, so all ranks encode both texts.
         positive, negative = self._encode(prompt.text), self._encode(prompt.negative)
-        x0 = pipeline(
-            prompt_embeds=positive.hidden,
-            pooled_prompt_embeds=positive.pooled,
-            negative_prompt_embeds=negative.hidden,
-            negative_pooled_prompt_embeds=negative.pooled,
-            width=prompt.width_px,
-            height=prompt.height_px,
-            num_inference_steps=prompt.num_inference_steps,
-            guidance_scale=prompt.guidance_scale,
-            generator=torch.Generator().manual_seed(prompt.seed),
-            output_type="latent",
-            callback_on_step_end=end_step,
-        ).images
+        predict = GuidedPrediction(
+            unet=self.unet,
+            dtype=self.dtype,
+            positive=positive,
+            negative=negative if prompt.guidance_scale > 1 else None,
+            size=Size(prompt.width_px, prompt.height_px),
+            scale=prompt.guidance_scale,
+            rescale=prompt.guidance_rescale,
+            break_off_if_stopped=break_off_if_stopped,
+        )
+        shape = (1, self.unet.config.in_channels, prompt.height_px // VAE_FACTOR, prompt.width_px // VAE_FACTOR)
+        x0 = self.sample(predict, shape, prompt)
         pixels = decode_latents(self.vae, x0, self.latent_statistics)
-        return pipeline.image_processor.postprocess(pixels)[0]
+        return VaeImageProcessor().postprocess(pixels)[0]
+
+    def sample(self, predict: Predict, shape: Sequence[int], prompt: Prompt) -> torch.Tensor:
+        """Sample x0 of a shape [1, C, h, w] in fp32, with a prediction for (x_t, timestep)."""
+        size = Size(prompt.width_px, prompt.height_px)
+        generator = torch.Generator().manual_seed(prompt.seed)
+        noise = torch.randn(shape, generator=generator).to(self.unet.device)
+        if prompt.sampler in SAMPLERS:
+            return sample_latent(build_sigmas(self.objective, size), predict, noise, prompt)
+        from sdxl_trainer.train.sampling.schedulers import build_scheduler, sample_with_scheduler
+
+        scheduler = build_scheduler(self.source, self.objective, prompt.sampler, size)
+        return sample_with_scheduler(scheduler, predict, noise, prompt.num_inference_steps, generator)
 
     def encode_in_advance(self, prompts: Sequence[Prompt]) -> None:
         """Encode prompts while nothing else of an image is in memory, if the encoders can be freed afterwards."""
@@ -115,6 +130,17 @@ def build_image_generator(
     )
 
 
+def sample_latent(sigmas: Sigmas, predict: Predict, noise: torch.Tensor, prompt: Prompt) -> torch.Tensor:
+    """Sample x0 from noise, [B, C, h, w] both, with one of `SAMPLERS`."""
+
+    def denoise(x: torch.Tensor, sigma: float) -> torch.Tensor:
+        timestep = sigmas.compute_timestep(torch.tensor([sigma])).to(x.device)
+        return sigmas.compute_x0(x, sigma, predict(sigmas.scale_input(x, sigma), timestep))
+
+    visited = compute_sigmas(sigmas, prompt.schedule_type, prompt.num_inference_steps)
+    return SAMPLERS[prompt.sampler](denoise, sigmas.scale_noise(noise, visited[0]), visited)
+
+
 def decode_latents(vae: Any, x0: torch.Tensor, statistics: LatentStatistics) -> torch.Tensor:
     """Decode latents x0 [B, C, h, w] of a U-Net to pixels [B, 3, H, W] from -1 to 1, in the VAE's precision.
 
@@ -135,7 +161,7 @@ def generate_images(
 
     Args:
         in_lockstep: true if forward passes are collectives (see `assign_prompts`).
-        break_off_if_stopped: called after each denoising step; raises BrokenOff to end the work.
+        break_off_if_stopped: called after each forward pass of the U-Net; raises BrokenOff to end the work.
 
     Raises:
         BrokenOff: on all ranks, if it was raised on one.
@@ -168,28 +194,9 @@ def assign_prompts(prompts: Sequence[Prompt], rank: int, world_size: int, in_loc
         return list(range(rank, len(prompts), world_size))
     groups: dict[tuple[int, str], list[int]] = {}
     for number, prompt in enumerate(prompts):
-        groups.setdefault((prompt.num_inference_steps, prompt.scheduler), []).append(number)
+        groups.setdefault((prompt.num_inference_steps, prompt.sampler), []).append(number)
     return [
         numbers[(rank + start) % len(numbers)]
         for numbers in groups.values()
         for start in range(0, len(numbers), world_size)
     ]
-
-
-def build_pipeline(unet: Any, vae: Any, scheduler: Any) -> Any:
-    """Build diffusers' SDXL pipeline from loaded networks, without text encoders: prompts are already encoded."""
-    from diffusers import StableDiffusionXLPipeline
-
-    absent: Any = None  # diffusers' annotations do not allow None
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae,
-        unet=unet,
-        scheduler=scheduler,
-        text_encoder=absent,
-        text_encoder_2=absent,
-        tokenizer=absent,
-        tokenizer_2=absent,
-        add_watermarker=False,
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline

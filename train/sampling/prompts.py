@@ -5,21 +5,30 @@ All problems are reported together, each with its file and line, before a networ
 
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from sdxl_trainer.configs.kohya.readers import read_toml
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.problems import Problem, UserInputError, describe_encoding, suggest_name
-from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
+from sdxl_trainer.configs.samples import (
+    FLOW_SAMPLERS,
+    MAX_STEPS,
+    OWN_SAMPLERS,
+    SAMPLER_ALIASES,
+    ZERO_SNR_SAMPLERS,
+    SampleConfig,
+    SamplerName,
+    ScheduleType,
+)
 from sdxl_trainer.data.text.captions import fix_text
 
 PROMPT_FILE_KEY = "sample.prompt_file"
 # A flag such as `—w` with a dash that a word processor has put in place of `--`.
 DASHES = r"\u2010-\u2015\u2212\uFE58\uFE63\uFF0D"
-CHANGED_DASHES = re.compile(rf"\s(-*[{DASHES}][-{DASHES}]*)(ss|[nwhsld])(?=\s|$)")
+CHANGED_DASHES = re.compile(rf"\s(-*[{DASHES}][-{DASHES}]*)(ss|st|[nwhsld])(?=\s|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,15 +42,9 @@ class Prompt:
     num_inference_steps: int
     guidance_scale: float
     seed: int
-    scheduler: str
-
-    def describe(self) -> str:
-        """Return the prompt in the form that most programs store in PNG files as `parameters`."""
-        return (
-            f"{self.text}\nNegative prompt: {self.negative}\nSteps: {self.num_inference_steps}, Sampler: "
-            f"{self.scheduler}, CFG scale: {self.guidance_scale:g}, Seed: {self.seed}, "
-            f"Size: {self.width_px}x{self.height_px}"
-        )
+    guidance_rescale: float = 0.0
+    sampler: str
+    schedule_type: str  # of the samplers OWN_SAMPLERS; the others have diffusers' own
 
 
 class PromptEntry(NamedTuple):
@@ -88,17 +91,32 @@ def parse_prompt_text(value: Any) -> str:
     return value.strip()
 
 
-def parse_scheduler(value: Any) -> str:
-    """Parse a scheduler: kohya's name, with or without `k_`, or diffusers' class name. Raises ValueError."""
-    name = str(value).removeprefix("k_")
-    kohya_names = {
-        class_name: kohya_name for names in (SCHEDULERS, FLOW_SCHEDULERS) for kohya_name, class_name in names.items()
-    }
-    if name not in SCHEDULERS and name not in kohya_names:
-        near = suggest_name(name, [*SCHEDULERS, *kohya_names])
+def parse_steps(value: Any) -> int:
+    """Parse a number of steps, 1 to 1000. Raises ValueError."""
+    if (number := parse_count(value)) > MAX_STEPS:
+        raise ValueError(f"is above {MAX_STEPS}, the timesteps of the model")
+    return number
+
+
+def parse_sampler(value: Any) -> str:
+    """Parse a sampler: its name here, in kohya's scripts or in ComfyUI, or diffusers' class. Raises ValueError."""
+    name = SAMPLER_ALIASES.get(str(value), str(value))
+    if name in get_args(ScheduleType):
+        raise ValueError(f"is no sampler but a schedule type; write --st {name}")
+    return _parse_name(name, get_args(SamplerName), SAMPLER_ALIASES)
+
+
+def parse_schedule_type(value: Any) -> str:
+    """Parse a schedule type. Raises ValueError."""
+    return _parse_name(str(value), get_args(ScheduleType))
+
+
+def _parse_name(name: str, names: Sequence[str], others: Iterable[str] = ()) -> str:
+    if name not in names:
+        near = suggest_name(name, [*names, *others])
         hint = f"; did you mean {near}?" if near else ""
-        raise ValueError(f"is none of the schedulers {', '.join(SCHEDULERS)}{hint}")
-    return kohya_names.get(name, name)
+        raise ValueError(f"is none of {', '.join(names)}{hint}")
+    return name
 
 
 class PromptField(NamedTuple):
@@ -113,10 +131,11 @@ FLAGS: dict[str, PromptField] = {
     "n": PromptField("negative", parse_prompt_text),
     "w": PromptField("width_px", parse_side),
     "h": PromptField("height_px", parse_side),
-    "s": PromptField("num_inference_steps", parse_count),
+    "s": PromptField("num_inference_steps", parse_steps),
     "l": PromptField("guidance_scale", parse_scale),
     "d": PromptField("seed", parse_seed),
-    "ss": PromptField("scheduler", parse_scheduler),
+    "ss": PromptField("sampler", parse_sampler),
+    "st": PromptField("schedule_type", parse_schedule_type),
 }
 JSON_KEYS: dict[str, PromptField] = {
     "prompt": PromptField("text", parse_prompt_text),
@@ -128,6 +147,7 @@ JSON_KEYS: dict[str, PromptField] = {
     "scale": FLAGS["l"],
     "seed": FLAGS["d"],
     "sample_sampler": FLAGS["ss"],
+    "schedule_type": FLAGS["st"],
 }
 
 
@@ -151,17 +171,20 @@ def load_prompts(
             cure = "see the setting in docs/CONFIG.md" if config.prompt_file.exists() else "check the path"
             problems.append(Problem(PROMPT_FILE_KEY, config.prompt_file, str(error), cure))
     try:
-        validate_scheduler(config.scheduler, objective)
+        validate_sampler(config.sampler, objective)
     except ValueError as error:
-        problems.append(Problem("sample.scheduler", config.scheduler, str(error), "set another one"))
+        problems.append(Problem("sample.sampler", config.sampler, str(error), "set another one"))
     for key, location, content in entries:
         try:
             given = parse_object(content) if isinstance(content, dict) else parse_line(content)
             prompt = build_prompt(given, config, number=len(prompts))
             if with_fixed_text:
                 prompt = replace(prompt, text=fix_text(prompt.text), negative=fix_text(prompt.negative))
-            if "scheduler" in given:
-                validate_scheduler(prompt.scheduler, objective)
+            if "sampler" in given:
+                validate_sampler(prompt.sampler, objective)
+            if "schedule_type" in given and prompt.sampler not in OWN_SAMPLERS:
+                own = " or ".join(OWN_SAMPLERS)
+                raise ValueError(f"has a schedule type, but {prompt.sampler} has none; write --ss {own}")
             prompts.append(prompt)
         except ValueError as error:
             cure = "flags: " + " ".join(f"--{flag}" for flag in FLAGS)
@@ -176,14 +199,14 @@ def build_prompt(given: dict[str, Any], config: SampleConfig, number: int) -> Pr
     return Prompt(**{**defaults, **given})
 
 
-def validate_scheduler(name: str, objective: ObjectiveConfig) -> None:
-    """Raise ValueError if diffusers' scheduler of this name does not support the model's objective."""
-    if objective.prediction == "flow" and name not in FLOW_SCHEDULERS:
-        supported = ", ".join(sorted(FLOW_SCHEDULERS))
-        raise ValueError(f"the scheduler {name} does not support rectified flow; choose one of {supported}")
-    if objective.zero_terminal_snr and name not in ZERO_SNR_SCHEDULERS:
-        supported = ", ".join(sorted(ZERO_SNR_SCHEDULERS))
-        raise ValueError(f"the scheduler {name} does not support zero terminal SNR; choose one of {supported}")
+def validate_sampler(name: str, objective: ObjectiveConfig) -> None:
+    """Raise ValueError if the sampler of this name does not support the model's objective."""
+    if objective.prediction == "flow" and name not in FLOW_SAMPLERS:
+        supported = ", ".join(FLOW_SAMPLERS)
+        raise ValueError(f"the sampler {name} does not support rectified flow; choose one of {supported}")
+    if objective.zero_terminal_snr and name not in ZERO_SNR_SAMPLERS:
+        supported = ", ".join(ZERO_SNR_SAMPLERS)
+        raise ValueError(f"the sampler {name} does not support zero terminal SNR; choose one of {supported}")
 
 
 def parse_line(line: str) -> dict[str, Any]:

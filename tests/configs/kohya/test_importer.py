@@ -233,7 +233,7 @@ def test_a_command_line_of_kohya(tmp_path: Path) -> None:
     }
     assert settings["train"] == {"max_steps": 2000, "global_batch_size": 8, "micro_batch_size": 2}
     assert settings["engine"]["precision"] == "fp16"  # option of accelerate
-    assert settings["sample"] == {"prompt_file": "p.txt", "scheduler": "euler_a"}
+    assert settings["sample"] == {"prompt_file": "p.txt", "sampler": "euler_a"}
     assert "seed" not in settings.get("run", {})  # belongs to another command
     assert "network_args" not in comment  # imported whole
 

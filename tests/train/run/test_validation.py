@@ -148,7 +148,7 @@ def test_images_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(vali
     samples = validated[1] / "samples"
     assert sorted(path.name for path in samples.glob("step-*.png")) == [f"step-{s:08d}.png" for s in (1, 2)]
     assert Image.open(samples / "strip.png").size[0] == 2 * 128
-    assert "Sampler: euler_a" in Image.open(samples / "step-00000002" / "002.png").text["parameters"]
+    assert "Sampler: Euler a" in Image.open(samples / "step-00000002" / "002.png").text["parameters"]
     out = validated[1] / "drawn"
     run_program(
         "train/sample_main.py",
@@ -164,7 +164,9 @@ def test_images_are_the_same_on_any_number_of_ranks_and_from_the_checkpoint(vali
         live = np.asarray(Image.open(samples / "step-00000002" / f"{number:03d}.png"), np.int16)
         assert live.shape[:2] == size[::-1]
         for folder in (out, validated[2] / "samples" / "step-00000002"):
-            other = np.asarray(Image.open(folder / f"{number:03d}.png"), np.int16)
+            image = Image.open(folder / f"{number:03d}.png")
+            assert image.text == Image.open(samples / "step-00000002" / f"{number:03d}.png").text
+            other = np.asarray(image, np.int16)
             assert np.abs(live - other).max() <= 2, (folder, number)
     assert Image.open(out / "contact_sheet.png").width > 256
 

@@ -3,16 +3,20 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
+from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
-from sdxl_trainer.configs.samples import FLOW_SCHEDULERS, SCHEDULERS, ZERO_SNR_SCHEDULERS, SampleConfig
+from sdxl_trainer.configs.samples import FLOW_SAMPLERS, SAMPLER_ALIASES, ZERO_SNR_SAMPLERS, SampleConfig, SamplerName
 from sdxl_trainer.train.sampling.pipeline import assign_prompts
 from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
 
 SETTINGS = {"width_px": 512, "height_px": 768, "num_inference_steps": 20, "guidance_scale": 5.0, "seed": 40}
-PLAIN = Prompt(text="", negative="dull", scheduler="euler", **SETTINGS)  # every field is from SETTINGS
+PLAIN = Prompt(
+    text="", negative="dull", sampler="euler", schedule_type="normal", **SETTINGS
+)  # every field is from SETTINGS
 FULL = replace(PLAIN, width_px=1024, height_px=832, num_inference_steps=30, seed=9)  # with its own size, steps and seed
 
 
@@ -26,7 +30,7 @@ def test_flags_and_settings_make_a_prompt(tmp_path: Path) -> None:
     file = tmp_path / "prompts.txt"
     file.write_text(
         "\ufeff# a comment\n\na cat, well-made -- really --n ugly, bad --w 1024 --h 832 --s 30 --l 7.5 --d 9\n"
-        "  a dog --ss k_euler_a\n"
+        "  a dog --ss k_euler_a\na fox --ss dpmsolver++ --st karras\n"
     )
     prompts, problems = load(["a {mouse}, {b|c}", ""], file)
     assert problems == []
@@ -34,12 +38,9 @@ def test_flags_and_settings_make_a_prompt(tmp_path: Path) -> None:
         replace(PLAIN, text="a {mouse}, {b|c}", seed=40),
         replace(PLAIN, text="", seed=41),
         replace(FULL, text="a cat, well-made -- really", negative="ugly, bad", guidance_scale=7.5),
-        replace(PLAIN, text="a dog", seed=43, scheduler="euler_a"),
+        replace(PLAIN, text="a dog", seed=43, sampler="euler_a"),
+        replace(PLAIN, text="a fox", seed=44, sampler="dpmpp_2m", schedule_type="karras"),
     ]
-    assert prompts[2].describe() == (
-        "a cat, well-made -- really\nNegative prompt: ugly, bad\n"
-        "Steps: 30, Sampler: euler, CFG scale: 7.5, Seed: 9, Size: 1024x832"
-    )
 
 
 def test_json_objects_and_settings_make_a_prompt(tmp_path: Path) -> None:
@@ -54,13 +55,13 @@ def test_json_objects_and_settings_make_a_prompt(tmp_path: Path) -> None:
         "seed": 9,
         "sample_sampler": "DDIMScheduler",
     }
-    file.write_text(json.dumps([entry, "a dog --w 64", {"prompt": "a fox"}]))
+    file.write_text(json.dumps([entry, "a dog --w 64", {"prompt": "a fox", "schedule_type": "simple"}]))
     prompts, problems = load([], file)
     assert problems == []
     assert prompts == [
-        replace(FULL, text="a cat", negative="", guidance_scale=7.0, scheduler="ddim"),
+        replace(FULL, text="a cat", negative="", guidance_scale=7.0, sampler="ddim"),
         replace(PLAIN, text="a dog", width_px=64, seed=41),
-        replace(PLAIN, text="a fox", seed=42),
+        replace(PLAIN, text="a fox", seed=42, schedule_type="simple"),
     ]
 
 
@@ -91,7 +92,7 @@ def test_only_newlines_end_the_lines_of_prompts(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dash", ["\u2013", "\u2014", "\u2212", "\u2010\u2010", "-\u2013", "\u2013-", "\uff0d\uff0d"])
 def test_a_dash_of_a_word_processor_is_named(dash: str) -> None:
-    for flag in ("w", "ss"):
+    for flag in ("w", "ss", "st"):
         _, problems = load([f"a cat {dash}{flag} 64"])
         assert problems == [f"sample.prompts.0: has the flag {dash}{flag} with a word processor's dash; write --{flag}"]
     prompts, problems = load([f"a cat {dash} sleeping {dash}wild, well{dash}w 3"])
@@ -134,7 +135,15 @@ def test_a_mistake_in_toml_is_reported_with_its_location(tmp_path: Path, content
         ("a --d -1", "--d = '-1', which is not a whole number of at least 0"),
         ("a --l x", "--l = 'x', which is not a number of at least 0"),
         ("a --l inf", "--l = 'inf', which is not a number"),
-        ("a --ss best", "is none of the schedulers euler, euler_a"),
+        ("a --ss best", "is none of euler, dpmpp_2m, euler_a"),
+        ("a --ss dpmpp_2n", "unipc; did you mean dpmpp_2m?"),
+        ("a --ss karras", "is no sampler but a schedule type; write --st karras"),
+        (
+            "a --st kaRas",
+            "is none of the schedule types normal, karras, exponential, simple, sgm_uniform; did you mean k",
+        ),
+        ("a --ss ddim --st simple", "has a schedule type, but ddim has none; write --ss euler or dpmpp_2m"),
+        ("a --s 1001", "--s = '1001', which is above 1000, the timesteps of the model"),
         ("a --d 1 --d 2", "has --d twice"),
         ("--w 64", ":1: has no prompt before its flags"),
         ("# nothing\n", "contains no prompt"),
@@ -179,14 +188,39 @@ def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("objective", "supported", "message"),
     [
-        ({"prediction": "v", "zero_terminal_snr": True}, ZERO_SNR_SCHEDULERS, "does not support zero terminal SNR"),
-        ({"prediction": "flow"}, FLOW_SCHEDULERS, "does not support rectified flow"),
+        ({"prediction": "v", "zero_terminal_snr": True}, ZERO_SNR_SAMPLERS, "does not support zero terminal SNR"),
+        ({"prediction": "flow"}, FLOW_SAMPLERS, "does not support rectified flow"),
     ],
 )
-def test_a_scheduler_must_support_the_objective(objective: dict, supported: frozenset, message: str) -> None:
-    for name in SCHEDULERS:
+def test_a_sampler_must_support_the_objective(objective: dict, supported: tuple[str, ...], message: str) -> None:
+    for name in get_args(SamplerName):
         _, problems = load([f"a --ss {name}"], **objective)
         assert problems == [] if name in supported else message in problems[0], name
+
+
+def test_samplers_are_known_by_their_names_in_other_programs() -> None:
+    """As a flag, and as the setting, which an earlier version called `sample.scheduler`."""
+    for alias, name in SAMPLER_ALIASES.items():
+        prompts, problems = load([f"a --ss {alias}"])
+        assert problems == [] and prompts[0].sampler == name
+        config, problems = build_config({}, [f"sample.scheduler={alias}"])
+        assert problems == [] and config.sample.sampler == name
+
+
+@pytest.mark.parametrize(
+    ("words", "key", "hint"),
+    [
+        ("sample.sampler=karras", "sample.sampler", "set sample.schedule_type to karras"),
+        ("sample.sampler=dpmpp_2n", "sample.sampler", "did you mean dpmpp_2m?"),
+        ("sample.schedule_type=kerras", "sample.schedule_type", "did you mean karras?"),
+        ("sample.sampler=ddim sample.schedule_type=karras", "sample.schedule_type", "set that to euler or dpmpp_2m"),
+        ("sample.num_inference_steps=1001", "sample.num_inference_steps", "1000"),
+        ("sample.guidance_rescale=7", "sample.guidance_rescale", "1"),
+    ],
+)
+def test_a_wrong_sampler_is_explained(words: str, key: str, hint: str) -> None:
+    [problem] = build_config({}, words.split())[1]
+    assert problem.key == key and hint in f"{problem.rule} {problem.cure}"
 
 
 def test_prompts_are_assigned_to_ranks() -> None:
