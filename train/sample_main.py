@@ -31,7 +31,7 @@ def build_sample_parser() -> program.RankParser:
         help="a single .safetensors file, a diffusers folder, a hub id, a run folder, or one of its checkpoints",
     )
     parser.add_argument(
-        "--prompts", type=parse_path, required=True, metavar="FILE", help=".txt, .json or .toml (docs/TRAINING.md)"
+        "--prompts", type=parse_path, required=True, metavar="FILE", help=".txt, .json or .toml (docs/SAMPLING.md)"
     )
     parser.add_argument("--out", type=parse_path, required=True, metavar="DIR", help="folder for the images")
     parser.add_argument("--ema", metavar="NAME", help="use a moving average, such as 0.999 or length-0.05")

@@ -52,18 +52,9 @@ def test_diffusers_generates_the_same_images_from_the_folder(converted: Path, on
     from diffusers import StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(converted / "model", add_watermarker=False)
-    pipeline.set_progress_bar_config(disable=True)
-    image = pipeline(
-        prompt="a red circle on a white background",
-        negative_prompt="",
-        width=128,
-        height=96,
-        num_inference_steps=4,
-        guidance_scale=3.0,
-        generator=torch.Generator().manual_seed(0),
-    ).images[0]
+    image = draw_with_diffusers(pipeline, "a red circle on a white background", 0)
     drawn = np.asarray(Image.open(one_rank / "samples" / "step-00000020" / "000.png"), np.int16)
-    assert np.abs(np.asarray(image, np.int16) - drawn).max() <= 2
+    assert np.abs(image - drawn).max() <= 2
 
 
 def test_both_formats_declare_the_prediction_type(converted: Path, tmp_path: Path) -> None:

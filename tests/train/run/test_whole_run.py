@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
+from diffusers_drawing import draw_with_diffusers
 from PIL import Image
 from programs import read_losses, run_program
 
@@ -81,30 +81,16 @@ def test_results_are_all_there(one_rank: Path) -> None:
 
 def test_exported_file_draws_the_live_models_images(one_rank: Path, cached_folder: Path) -> None:
     """diffusers loads the single file with its own code and tokenizer, and generates the live model's images."""
-    from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+    from diffusers import StableDiffusionXLPipeline
 
     model = cached_folder / "model"
     pipeline = StableDiffusionXLPipeline.from_single_file(
         str(one_rank / "models" / "step-00000020.safetensors"), config=str(model), local_files_only=True
     )
-    pipeline.scheduler = EulerDiscreteScheduler.from_pretrained(
-        model, subfolder="scheduler", timestep_spacing="linspace"
-    )
-    largest = pipeline.scheduler.init_noise_sigma  # by which this spacing multiplies noise; ComfyUI and the run: by
-    scale = (1 + largest**2) ** 0.5 / largest  # sqrt(1 + sigma²)
-    pipeline.set_progress_bar_config(disable=True)
     for number, prompt in enumerate(PROMPTS):
-        drawn = pipeline(
-            prompt,
-            negative_prompt="",
-            width=128,
-            height=96,
-            num_inference_steps=4,
-            guidance_scale=3.0,
-            latents=torch.randn(1, 4, 12, 16, generator=torch.Generator().manual_seed(number)) * scale,
-        ).images[0]
+        drawn = draw_with_diffusers(pipeline, prompt, number)
         live = Image.open(one_rank / "samples" / "step-00000020" / f"{number:03d}.png")
-        difference = np.abs(np.asarray(drawn, np.int16) - np.asarray(live, np.int16))
+        difference = np.abs(drawn - np.asarray(live, np.int16))
         assert difference.max() <= 1, f"image {number} differs by up to {difference.max()} of 255"
 
 
