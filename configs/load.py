@@ -153,11 +153,15 @@ def suggest_key(key: str) -> str:
         return option.keys[0]
     known = [*iterate_keys(), *RENAMED]
     leaves = {name.rsplit(".", 1)[-1]: name for name in known}
-    near = next((name for name in known if "." in name and name.rsplit(".", 1)[-1] == last.lower()), "")
     # A key of a known section means another section only if their names are much alike.
     cutoff = 0.85 if key.partition(".")[0] in Config.model_fields and "." in key else 0.7
     section = key.rpartition(".")[0]
     own = [name.removeprefix(f"{section}.") for name in known if section and name.startswith(f"{section}.")]
+    same = [name for name in known if "." in name and name.rsplit(".", 1)[-1] == last.lower()]
+    # A setting of the same section that is nearly called so is meant rather than an old name of another section.
+    if (alike := suggest_name(last, own, cutoff=0.9)) and all(name in RENAMED for name in same):
+        same = [f"{section}.{alike}", *same]
+    near = next(iter(same), "")
     # Within a known section only the last part counts: the section's name would make any two keys much alike.
     begun = (name for name in own if len(last) >= MIN_BEGINNING and name.startswith(last[:MIN_BEGINNING]))
     found = suggest_name(last, own) or next(begun, "") if own else suggest_name(key, known)

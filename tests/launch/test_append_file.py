@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from full_disk import limit_file_size
+from disk_calls import limit_file_size
 
 from sdxl_trainer.launch.append_file import AppendFile
 

@@ -1,6 +1,9 @@
 """A record of the calls that make files durable: nothing may be deleted or listed before its successor is on disk."""
 
 import os
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -69,3 +72,14 @@ class DiskCalls:
 
     def _is_flushed(self, path: str | Path) -> bool:
         return os.path.realpath(path) in self._durable
+
+
+@contextmanager
+def limit_file_size(num_bytes: int) -> Iterator[None]:
+    """Let no file of this process grow beyond a size, as on a full disk: the part that fits is written."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers_drawing import draw_with_diffusers
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file

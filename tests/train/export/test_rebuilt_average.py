@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from full_disk import limit_file_size
+from disk_calls import limit_file_size
 from programs import run_program
 from safetensors import safe_open
 from safetensors.torch import load_file

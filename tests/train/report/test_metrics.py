@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import orjson
-from full_disk import limit_file_size
+from disk_calls import limit_file_size
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sdxl_trainer.train.report.metrics import MetricsLog, read_changes, read_metrics

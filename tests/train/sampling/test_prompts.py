@@ -140,7 +140,7 @@ def test_a_mistake_in_toml_is_reported_with_its_location(tmp_path: Path, content
         ("a --ss karras", "is no sampler but a schedule type; write --st karras"),
         (
             "a --st kaRas",
-            "is none of the schedule types normal, karras, exponential, simple, sgm_uniform; did you mean k",
+            "which is none of normal, karras, exponential, simple, sgm_uniform; did you mean k",
         ),
         ("a --ss ddim --st simple", "has a schedule type, but ddim has none; write --ss euler or dpmpp_2m"),
         ("a --s 1001", "--s = '1001', which is above 1000, the timesteps of the model"),
