@@ -27,6 +27,7 @@ from sdxl_trainer.train.evidence.text import (
 )
 
 MAX_GROUPS_BYTES = 1 << 28
+MAX_DETAILED_ARMS = 3  # whose tables are printed; beyond, they would bury the verdicts
 
 
 def print_comparison(arguments: argparse.Namespace, page: Path) -> None:
@@ -93,6 +94,9 @@ def write_lines(comparison: Comparison) -> Iterator[str]:
     if comparison.effects:
         yield f"\n{translate_label(EFFECTS_TITLE)}"
         yield from align_rows(list_effect_rows(comparison))
+    if len(comparison.arms) > MAX_DETAILED_ARMS:
+        yield "\n" + translate("the page has the tables of each arm by noise level and bucket")
+        return
     for arm in comparison.arms:
         for title, lines in list_tables(arm):
             yield f"\n{arm.arm}, {translate_label(title)}"

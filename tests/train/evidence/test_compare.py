@@ -101,6 +101,38 @@ def test_three_seeds_judge_a_setting(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert json.loads(capsys.readouterr().out)["arms"][0]["setting"]["verdict"] == "worse"
 
 
+def test_a_grid_has_a_table_of_effects_and_many_arms_leave_theirs_to_the_page(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """Shown are the effects of a grid of 2 x 3; with 2 x 2 also the tables of each arm."""
+    runs = {
+        (lr, batch): [write_run(tmp_path / f"{lr}-{batch}-{seed}", seed=seed, lr=lr) for seed in range(3)]
+        for lr in ("1e-5", "1e-3")
+        for batch in ("2", "4", "8")
+    }
+    for (_, batch), folders in runs.items():
+        for folder in folders:
+            with open(folder / "config.yaml", "a") as file:
+                file.write(f"train: {{global_batch_size: {batch}}}\n")
+    for batches, has_tables in ((("2", "4"), True), (("2", "4", "8"), False)):
+        folders = [folder for (_, batch), group in runs.items() for folder in group if batch in batches]
+        assert main([*map(str, folders), "--out", str(tmp_path / "page.html")]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        place = lines.index("Effect of each setting, averaged over the others")
+        effects = [line.split() for line in lines[place + 2 : place + 2 + len(batches)]]
+        assert effects[0][:3] == ["optim.lr=0.001", "0.00001", str(len(batches))]
+        assert [effect[:3] for effect in effects[1:]] == [
+            [f"train.global_batch_size={b}", "2", "2"] for b in batches[1:]
+        ]
+        assert ("optim.lr=0.001 train.global_batch_size=2, by noise level, ln(SNR)" in lines) == has_tables
+        assert ("the page has the tables of each arm by noise level and bucket" in lines) != has_tables
+        page = (tmp_path / "page.html").read_text()
+        assert (
+            "averaged over the others</h2>" in page
+            and page.count("by noise level, ln(SNR)</h3>") == len(runs) * (len(batches)) // 3 - 1
+        )
+
+
 def test_one_seed_judges_weights_but_no_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     one = write_run(tmp_path / "one")
     two = write_run(tmp_path / "two", lr="1e-3", effect=-0.2)

@@ -1,0 +1,34 @@
+"""The short form of tests/campaigns/seed_only.py: three good runs and three that learn nothing, of two steps each."""
+
+from pathlib import Path
+
+from campaigns.seed_only import GOOD_LR, compute_wilson_interval, judge_all, list_missing, plan_runs
+from programs import run_program
+
+SHORT = ("validation.share=0.5", "validation.timesteps_per_sample=1", "optim.schedule=constant")
+
+
+def test_a_spoilt_learning_rate_is_found_and_counted(cached_folder: Path, tmp_path: Path) -> None:
+    runs = plan_runs(tmp_path / "runs", 3, ["1e-9"])
+    missing = list_missing(runs, 2)
+    assert len(missing) == 6
+    parts = (" ".join(["train", str(cached_folder / "tiny.yaml"), *SHORT, *words]) for words in missing)
+    run_program("tests/support/several_runs.py", *" + ".join(parts).split())
+    assert list_missing(runs, 2) == []  # finished runs are not trained again
+    good, spoilt = runs.values()
+    # As runs that differ only in their seeds: splits that part the two learning rates are false.
+    report = judge_all({GOOD_LR: [*good, *spoilt], "1e-9": spoilt}, num_splits=20, seed=0)
+    assert list(report["errors"]) == [*(f"seed-{n}" for n in range(3)), *(f"lr-1e-9-seed-{n}" for n in range(3))]
+    assert len(set(report["errors"].values())) == 4  # nothing learned is the same with any seed
+    assert report["possible_splits"] == 10 and report["paired"]["samples"] >= 8
+    verdicts = report["spoilt"]["1e-9"]
+    assert verdicts["same seeds"].startswith("worse (+") and verdicts["same seeds"].endswith("3 seeds, in pairs)")
+    for name in ("unpaired", "paired"):
+        assert 0 < report[name]["false"] < 20 and report[name]["low"] < report[name]["share"] < report[name]["high"]
+    assert any(text.startswith("unpaired") for text in report["wrong"])
+
+
+def test_wilsons_interval_by_hand() -> None:
+    # 10 of 200: (10 + 1.9207) / 203.8415 ± 1.96 / 203.8415 · sqrt(9.5 + 0.9604)
+    assert [round(edge, 4) for edge in compute_wilson_interval(10, 200)] == [0.0274, 0.0896]
+    assert [round(edge, 4) for edge in compute_wilson_interval(0, 200)] == [0.0, 0.0188]
