@@ -127,10 +127,8 @@ def test_a_grid_has_a_table_of_effects_and_many_arms_leave_theirs_to_the_page(
         assert ("optim.lr=0.001 train.global_batch_size=2, by noise level, ln(SNR)" in lines) == has_tables
         assert ("the page has the tables of each arm by noise level and bucket" in lines) != has_tables
         page = (tmp_path / "page.html").read_text()
-        assert (
-            "averaged over the others</h2>" in page
-            and page.count("by noise level, ln(SNR)</h3>") == len(runs) * (len(batches)) // 3 - 1
-        )
+        assert "averaged over the others</h2>" in page
+        assert page.count("by noise level, ln(SNR)</h3>") == 2 * len(batches) - 1
 
 
 def test_one_seed_judges_weights_but_no_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
