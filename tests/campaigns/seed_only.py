@@ -156,9 +156,11 @@ def count_false(folders: Sequence[Path], num_splits: int, seed: int, is_paired: 
     random = np.random.default_rng(seed)
 
     def build_arm(numbers: np.ndarray) -> tuple[Arm, np.ndarray]:
-        chosen = [runs[number] for number in numbers]
-        if is_paired:
-            chosen = [replace(run, settings={**run.settings, SEED_KEY: str(n)}) for n, run in enumerate(chosen)]
+        seeds = range(ARM) if is_paired else numbers
+        chosen = [
+            replace(runs[number], settings={**runs[number].settings, SEED_KEY: str(seed)})
+            for number, seed in zip(numbers, seeds, strict=True)
+        ]
         return Arm(label="", runs=chosen), numbers
 
     p_values, false = [], 0

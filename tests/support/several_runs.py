@@ -14,7 +14,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.launch.distributed import close_ranks
 from sdxl_trainer.launch.program import end_program, run_program
 from sdxl_trainer.train.run.build import build_run
-from sdxl_trainer.train.run.job import build_emergency_saver, finish, set_up
+from sdxl_trainer.train.run.job import build_emergency_saver, finish, set_up, write_settings
 from sdxl_trainer.train.run.loop import fit
 from sdxl_trainer.train.run.summary import show_start
 
@@ -26,6 +26,7 @@ def train(settings: Path, words: list[str]) -> None:
     run, batches = build_run(config, index, ranks)
     show_start(run)
     if "--dry-run" not in words:
+        write_settings(config, ranks)
         with build_emergency_saver(run):
             fit(run, batches)
             finish(run)

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
-from campaigns.seed_only import GOOD_LR, compute_wilson_interval, judge_all, list_missing, plan_runs
+from campaigns.seed_only import (
+    compute_wilson_interval,
+    count_false,
+    judge_spoilt,
+    list_errors,
+    list_missing,
+    plan_runs,
+)
 from programs import run_program
 
 SHORT = ("validation.share=0.5", "validation.timesteps_per_sample=1", "optim.schedule=constant")
@@ -15,17 +22,17 @@ def test_a_spoilt_learning_rate_is_found_and_counted(cached_folder: Path, tmp_pa
     parts = (" ".join(["train", str(cached_folder / "tiny.yaml"), *SHORT, *words]) for words in missing)
     run_program("tests/support/several_runs.py", *" + ".join(parts).split())
     assert list_missing(runs, 2) == []  # finished runs are not trained again
-    good, spoilt = runs.values()
+    good, spoilt = ([run.folder for run in group] for group in runs.values())
+    errors = list_errors([*good, *spoilt])
+    assert list(errors) == [*(f"seed-{n}" for n in range(3)), *(f"lr-1e-9-seed-{n}" for n in range(3))]
+    assert len(set(errors.values())) == 4  # nothing learned is the same with any seed
+    verdicts = judge_spoilt(good, spoilt)
+    assert list(verdicts) == ["same seeds"] and verdicts["same seeds"].startswith("worse (+")
     # As runs that differ only in their seeds: splits that part the two learning rates are false.
-    report = judge_all({GOOD_LR: [*good, *spoilt], "1e-9": spoilt}, num_splits=20, seed=0)
-    assert list(report["errors"]) == [*(f"seed-{n}" for n in range(3)), *(f"lr-1e-9-seed-{n}" for n in range(3))]
-    assert len(set(report["errors"].values())) == 4  # nothing learned is the same with any seed
-    assert report["possible_splits"] == 10 and report["paired"]["samples"] >= 8
-    verdicts = report["spoilt"]["1e-9"]
-    assert verdicts["same seeds"].startswith("worse (+") and verdicts["same seeds"].endswith("3 seeds, in pairs)")
-    for name in ("unpaired", "paired"):
-        assert 0 < report[name]["false"] < 20 and report[name]["low"] < report[name]["share"] < report[name]["high"]
-    assert any(text.startswith("unpaired") for text in report["wrong"])
+    for is_paired in (False, True):
+        counted = count_false([*good, *spoilt], num_splits=20, seed=0, is_paired=is_paired)
+        assert 0 < counted["false"] < 20 and counted["low"] < counted["share"] < counted["high"]
+        assert counted["samples"] >= 8
 
 
 def test_wilsons_interval_by_hand() -> None:
