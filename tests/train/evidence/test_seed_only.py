@@ -27,7 +27,8 @@ def test_a_spoilt_learning_rate_is_found_and_counted(cached_folder: Path, tmp_pa
     assert list(errors) == [*(f"seed-{n}" for n in range(3)), *(f"lr-1e-9-seed-{n}" for n in range(3))]
     assert len(set(errors.values())) == 4  # nothing learned is the same with any seed
     verdicts = judge_spoilt(good, spoilt)
-    assert list(verdicts) == ["same seeds"] and verdicts["same seeds"].startswith("worse (+")
+    assert list(verdicts) == ["same seeds"]
+    assert verdicts["same seeds"].startswith(("worse (+", "undecided (+"))  # two steps: hardly more than chance
     # As runs that differ only in their seeds: splits that part the two learning rates are false.
     for is_paired in (False, True):
         counted = count_false([*good, *spoilt], num_splits=20, seed=0, is_paired=is_paired)
