@@ -25,7 +25,7 @@ class CheckpointConfig(Section):
     keep_best: int = Field(0, ge=0)
     """Number of best checkpoints to keep besides the others: those with the lowest x0 error on the validation samples,
     of the weights or of a moving average, whichever is lower. Only checkpoints whose step was validated count, so
-    `checkpoint.every_steps` must be a multiple of `validation.every_steps`, or the reverse (docs/EVIDENCE.md)."""
+    `checkpoint.every_steps` must be a multiple of `validation.every_steps`, or the reverse (docs/WHEN_TO_STOP.md)."""
     wait_for_space_minutes: float = Field(30.0, ge=0)
     """Minutes to wait for disk space when the disk is full. The checkpoint stays in host memory and training continues
     meanwhile; after that the job stops with status 1."""

@@ -164,7 +164,8 @@ def build_page(language: str = "en") -> str:
             rule, cure = (_fill_gaps(known.get(text) or text) for text in (row.rule, row.cure))
             if not cure:
                 rule, _, cure = rule.replace("；", "; ").partition("; ")
-            lines.append(_format_cells([f"`{_fill_gaps(row.key)}`", rule, cure]))
+            key = _fill_gaps(row.key)
+            lines.append(_format_cells([key if GAP in key else f"`{key}`", rule, cure]))
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

@@ -52,7 +52,7 @@ KINDS = {
     "dinov2": FeatureKind("Dinov2Model", "Dinov2Config", "pooler_output"),
     "dinov2_with_registers": FeatureKind("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", "pooler_output"),
 }
-CURE = "give the folder of a CLIP or DINOv2 model with model.safetensors, or FID's Inception (docs/EVIDENCE.md)"
+CURE = "give the folder of a CLIP or DINOv2 model with model.safetensors, or FID's Inception (docs/QUALITY.md)"
 
 
 @dataclass(frozen=True, kw_only=True)

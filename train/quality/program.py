@@ -24,7 +24,7 @@ def build_quality_parser() -> TranslatedParser:
         prog="bash launch/quality.sh",
         description=DESCRIPTION,
         examples=EXAMPLES,
-        epilog=f"docs/EVIDENCE.md explains how to read the result. {SETTINGS_HELP}",
+        epilog=f"docs/QUALITY.md explains how to read the result. {SETTINGS_HELP}",
     )
     parser.add_argument(
         "--model",

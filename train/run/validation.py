@@ -164,7 +164,7 @@ def watch_over_fitting(run: Run, history: ErrorHistory) -> int | None:
         return None
     logger.warning(
         "over-fitting: the x0 error of the validation has risen by {:.1f} % since step {} (95 % interval {:.1f} % to "
-        "{:.1f} %), while the training loss falls; take the model of step {} (docs/EVIDENCE.md)",
+        "{:.1f} %), while the training loss falls; take the model of step {} (docs/WHEN_TO_STOP.md)",
         *(100 * excess.mean, best_step, 100 * excess.low, 100 * excess.high, best_step),
     )
     return best_step
