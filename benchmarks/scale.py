@@ -42,7 +42,7 @@ MICRO_BATCH, SMALL_MICRO_BATCH = 8, 4
 # Arithmetic of SDXL: configs/sdxl.
 WEIGHTS = 2_567_463_684
 LATENT_BYTES = 4 * 128 * 128 * 4 + 1_000  # at 1024x1024 in fp32, the default, with headers
-# Measured on two cores of a shared machine without a GPU: docs/DATA.md, docs/CACHE.md, docs/RELIABILITY.md.
+# Measured on two cores of a shared machine without a GPU: docs/DATA_SPEED.md, docs/CACHE.md.
 FIRST_START_CPU_SECONDS_A_MILLION = 19.6  # of 10 million records; 13.3 of one million
 LATER_START_SECONDS_AT_10_MILLION = 1.1
 INDEX_GB_A_MILLION = 1.6

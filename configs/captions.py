@@ -38,7 +38,7 @@ class CaptionConfig(Section):
     contain groups; `{{` and `}}` are literal braces. When off, lines and braces reach the tokenizer unchanged."""
     aliases: Annotated[str | None, IS_PATH] = None
     """CSV file of tags to replace: `antecedent,consequent` in each row, or with a heading, as danbooru and e621 export
-    their aliases. Case, and underscores or spaces, make no difference. See docs/DATA.md."""
+    their aliases. Case, and underscores or spaces, make no difference. See docs/CAPTIONS.md."""
     implications: Annotated[str | None, IS_PATH] = None
     """CSV file of tags to add, in the same format: a caption with the antecedent gets the consequent too, at the end of
     its tags, if it lacks it."""
@@ -80,7 +80,7 @@ class CaptionConfig(Section):
     """Clean captions with ftfy, as the tokenizers of kohya's scripts and of diffusers' example do: straight quotes for
     curly ones, letters for ligatures and full-width letters, characters for HTML entities and for text that was decoded
     wrongly. Such characters are other tokens otherwise. It takes under 1 microsecond for a caption in ASCII, and up to
-    160 for others (docs/DATA.md). Prompts of generated images are cleaned too."""
+    160 for others (docs/CAPTIONS.md). Prompts of generated images are cleaned too."""
 
     @field_validator("wildcards")
     @classmethod

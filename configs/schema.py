@@ -416,7 +416,7 @@ class Config(Section):
     optim: OptimConfig = OptimConfig()  # pyright: ignore[reportCallIssue]
     engine: EngineConfig = EngineConfig()  # pyright: ignore[reportCallIssue]
     lora: LoraConfig = LoraConfig()  # pyright: ignore[reportCallIssue]
-    ema: EmaConfig = EmaConfig()
+    ema: EmaConfig = EmaConfig()  # pyright: ignore[reportCallIssue]
     train: TrainConfig = TrainConfig()  # pyright: ignore[reportCallIssue]
     checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
     validation: ValidationConfig = ValidationConfig()  # pyright: ignore[reportCallIssue]

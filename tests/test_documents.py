@@ -20,7 +20,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), *(ROOT / "doc
 CHINESE = {"README.md": "README.zh-CN.md"} | {
     f"docs/{name}.md": f"docs/zh/{name}.md"
     for name in "QUICKSTART DATA CACHE TRAINING FROM_KOHYA STRATEGY WATCH TROUBLESHOOTING RECIPES OPTIMIZERS ADAPTERS "
-    "OBJECTIVE PRECISION LOW_MEMORY SAMPLING".split()
+    "OBJECTIVE PRECISION LOW_MEMORY SAMPLING "
+    "IMAGES CAPTIONS SHARDS DATA_SPEED CACHE_FORMAT".split()
 }
 CODE = ("configs", "launch", "data", "cache", "train")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")

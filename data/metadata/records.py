@@ -69,7 +69,7 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
             yield Problem(f"data.metadata.{number}", pattern, str(error), error.cure)
             continue
         except StoreError as error:
-            cure_store = "check the URL, the credentials and the network (docs/DATA.md explains where they are set)"
+            cure_store = "check the URL, the credentials and the network (docs/SHARDS.md explains where they are set)"
             rule = f"cannot be read: {str(error).removeprefix(f'{pattern}: ')}"
             yield Problem(f"data.metadata.{number}", pattern, rule, cure_store)
             continue

@@ -20,7 +20,7 @@ The coefficients come from:
 | *_LAUNCHES | counted on the CPU at SDXL's true topology, by `python benchmarks/launches.py` |
 | bytes of an update | counted: the optimizer's state read and written, gradients read twice, weights written |
 | bytes that are sent | counted by `python benchmarks/gradients.py` |
-| SAMPLES_A_SECOND | measured on a CPU (docs/DATA.md) |
+| SAMPLES_A_SECOND | measured on a CPU (docs/DATA_SPEED.md) |
 | peaks, bandwidths, links, NETWORK_GBS | public (gpus.py; an adapter of 400 Gbit/s for each GPU) |
 | *_EFFICIENCY, ATTENTION_BACKWARD, LAUNCH_SECONDS, HOST_*_GBS, what overlaps | assumed |
 

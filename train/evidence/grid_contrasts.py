@@ -50,7 +50,7 @@ def find_contrasts(settings: Mapping[str, Sequence[str]], seeds: Sequence[str]) 
             if pairs:
                 baseline, arm = map(list, zip(*(pair for _, pair in pairs), strict=True))
                 setting = " ".join(f"{key}={settings[key][arm[0]]}" for key in keys)
-                against = " ".join(settings[key][baseline[0]] for key in keys)
+                against = " ".join(str(settings[key][baseline[0]]) for key in keys)
                 count = len({combination for combination, _ in pairs})
                 contrasts.append(Contrast(setting, against, count, baseline, arm))
     return contrasts if any(contrast.num_combinations > 1 for contrast in contrasts) else []

@@ -15,12 +15,13 @@ from torch.nn.functional import avg_pool2d, max_pool2d, relu
 
 SIDE_PX = 299
 BATCH_NORM_EPS = 1e-3
+Pair = int | tuple[int, int]  # of height and width
 
 
 class Convolution(nn.Module):
     """Convolution, batch normalisation, ReLU."""
 
-    def __init__(self, in_channels: int, out_channels: int, size: int | tuple[int, int], stride: int = 1, padding=0):
+    def __init__(self, in_channels: int, out_channels: int, size: Pair, stride: Pair = 1, padding: Pair = 0):
         super().__init__()
         self.conv = nn.Conv2d(in_channels, out_channels, size, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(out_channels, eps=BATCH_NORM_EPS)

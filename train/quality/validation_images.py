@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -152,13 +152,14 @@ def build_validation_images(config: Config, index: Index, rows: Sequence[int]) -
 
 
 @torch.no_grad()
-def decode_image(vae: torch.nn.Module, latents: torch.Tensor) -> Image.Image:
+def decode_image(vae: Any, latents: torch.Tensor) -> Image.Image:
     """Decode latents as the VAE gave them, [1, C, h, w], to an image."""
     from diffusers.image_processor import VaeImageProcessor
 
     parameter = next(vae.parameters())
     pixels = vae.decode(latents.to(parameter.device, parameter.dtype), return_dict=False)[0]
-    return VaeImageProcessor().postprocess(pixels, output_type="pil")[0]
+    images: Any = VaeImageProcessor().postprocess(pixels, output_type="pil")
+    return images[0]
 
 
 def describe_prompt(prompt: Prompt) -> str:

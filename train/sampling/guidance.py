@@ -44,7 +44,8 @@ class GuidedPrediction:
         self.break_off_if_stopped()
         if self.negative is None:
             return predictions
-        return guide(*predictions.chunk(2), self.scale, self.rescale)
+        negative, positive = predictions.chunk(2)
+        return guide(negative, positive, self.scale, self.rescale)
 
 
 def guide(negative: torch.Tensor, positive: torch.Tensor, scale: float, rescale: float = 0.0) -> torch.Tensor:

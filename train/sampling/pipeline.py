@@ -71,7 +71,8 @@ class ImageGenerator:
         shape = (1, self.unet.config.in_channels, prompt.height_px // VAE_FACTOR, prompt.width_px // VAE_FACTOR)
         x0 = self.sample(predict, shape, prompt)
         pixels = decode_latents(self.vae, x0, self.latent_statistics)
-        return VaeImageProcessor().postprocess(pixels)[0]
+        images: Any = VaeImageProcessor().postprocess(pixels)
+        return images[0]
 
     def sample(self, predict: Predict, shape: Sequence[int], prompt: Prompt) -> torch.Tensor:
         """Sample x0 of a shape [1, C, h, w] in fp32, with a prediction for (x_t, timestep)."""

@@ -125,12 +125,14 @@ def build_sigmas(objective: ObjectiveConfig, size: Size) -> Sigmas:
 
 def space_normal(sigmas: Sigmas, steps: int) -> torch.Tensor:
     """Space the timesteps evenly from the last to the first (A1111 calls this `Normal` or `Uniform`)."""
-    return sigmas.compute_sigma(torch.linspace(*_find_end_timesteps(sigmas), steps))
+    last, first = _find_end_timesteps(sigmas)
+    return sigmas.compute_sigma(torch.linspace(last, first, steps))
 
 
 def space_sgm_uniform(sigmas: Sigmas, steps: int) -> torch.Tensor:
     """Space the timesteps as `space_normal` does with one step more, and leave out the first timestep."""
-    return sigmas.compute_sigma(torch.linspace(*_find_end_timesteps(sigmas), steps + 1)[:-1])
+    last, first = _find_end_timesteps(sigmas)
+    return sigmas.compute_sigma(torch.linspace(last, first, steps + 1)[:-1])
 
 
 def space_simple(sigmas: Sigmas, steps: int) -> torch.Tensor:
