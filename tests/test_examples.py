@@ -1,4 +1,4 @@
-"""Examples of clusters fit their schemas, and run the commands of the README by scripts that exist."""
+"""Examples of clusters fit their schemas, and run the commands of the quick start by scripts that exist."""
 
 import copy
 import json
@@ -12,7 +12,7 @@ import yaml
 from programs import ROOT
 
 EXAMPLES, SCHEMAS = ROOT / "docs" / "examples", ROOT / "tests" / "fixtures" / "clusters"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+QUICKSTART = (ROOT / "docs" / "QUICKSTART.md").read_text(encoding="utf-8")
 # The part of JSON Schema that the excerpts use.
 TYPES = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "boolean": bool}
 KEYWORDS = {"$schema", "$ref", "definitions", "type", "properties", "patternProperties", "additionalProperties"}
@@ -65,7 +65,7 @@ def list_instructions() -> list[tuple[str, str]]:
     return [(line.partition(" ")[0], line.partition(" ")[2]) for line in lines]
 
 
-def test_the_dockerfile_runs_the_commands_of_the_readme():
+def test_the_dockerfile_runs_the_commands_of_the_quick_start():
     instructions = list_instructions()
     assert {name for name, _ in instructions} == {"FROM", "SHELL", "RUN", "WORKDIR", "COPY", "ENV", "CMD"}
     assert instructions[0][0] == "FROM" and ":" in instructions[0][1]  # a version, not `latest`
@@ -73,7 +73,7 @@ def test_the_dockerfile_runs_the_commands_of_the_readme():
         command for name, command in instructions if name == "RUN" and not command.startswith("apt-get update ")
     ]
     [start] = [" ".join(json.loads(command)) for name, command in instructions if name == "CMD"]
-    documented = [line.partition("#")[0].strip() for line in README.splitlines()]
+    documented = [line.partition("#")[0].strip() for line in QUICKSTART.splitlines()]
     assert commands and all(command in documented for command in [*commands, start])
     copied = [source for name, words in instructions if name == "COPY" for source in words.split()[:-1]]
     assert copied and all((ROOT / source).exists() for source in copied)
@@ -90,10 +90,10 @@ def test_an_example_names_scripts_that_exist_and_says_what_was_not_tried(name):
     assert "Checked: " in head and re.search("Not (run|built): ", head)
 
 
-def test_the_setup_of_skypilot_is_that_of_the_readme():
+def test_the_setup_of_skypilot_is_that_of_the_quick_start():
     setup = load("skypilot")[0]["setup"].splitlines()
     assert Path(ROOT / "constraints.txt").is_file()
-    assert all(any(line.partition("#")[0].strip() == command for line in README.splitlines()) for command in setup)
+    assert all(any(line.partition("#")[0].strip() == command for line in QUICKSTART.splitlines()) for command in setup)
 
 
 def iterate_errors(value: Any, schema: dict[str, Any], root: dict[str, Any], place: str = "") -> Iterator[str]:

