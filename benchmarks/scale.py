@@ -43,9 +43,6 @@ MICRO_BATCH, SMALL_MICRO_BATCH = 8, 4
 WEIGHTS = 2_567_463_684
 LATENT_BYTES = 4 * 128 * 128 * 4 + 1_000  # at 1024x1024 in fp32, the default, with headers
 # Measured on two cores of a shared machine without a GPU: docs/DATA_SPEED.md, docs/CACHE.md.
-FIRST_START_CPU_SECONDS_A_MILLION = 19.6  # of 10 million records; 13.3 of one million
-LATER_START_SECONDS_AT_10_MILLION = 1.1
-INDEX_GB_A_MILLION = 1.6
 CACHE_CPU_MS_A_IMAGE = 16.6
 GRADIENT_TYPES = ("fp32", "bf16")
 
@@ -67,7 +64,7 @@ def list_tables() -> list[str]:
     """List the tables in the document's order."""
     return [
         *(tabulate_parts(), tabulate_gpus(), tabulate_step(), tabulate_traffic()),
-        *(tabulate_reading(), tabulate_cache(), tabulate_start()),
+        *(tabulate_reading(), tabulate_cache()),
     ]
 
 
@@ -195,20 +192,6 @@ def tabulate_cache() -> str:
     for images in IMAGES:
         hours = images * CACHE_CPU_MS_A_IMAGE / 1e3 / 3600
         rows.append(f"| {images:,.0f} | {images * LATENT_BYTES / 1e12:.3g} TB | {hours:,.3g} h | {hours / 64:.2g} h |")
-    return "\n".join(rows)
-
-
-def tabulate_start() -> str:
-    """Tabulate the start-up of the data; networks and process group take constant time besides."""
-    rows = ["| images | first start, on rank 0 | index | later start | a plan's memory, every rank |"]
-    rows.append("|---|---|---|---|---|")
-    for images in IMAGES:
-        later = LATER_START_SECONDS_AT_10_MILLION * images / 1e7
-        rows.append(
-            f"| {images:,.0f} | {images / 1e6 * FIRST_START_CPU_SECONDS_A_MILLION / 60:.2g} min | "
-            f"{images / 1e6 * INDEX_GB_A_MILLION:.3g} GB | {later:.2g} s | "
-            f"{images * 8 / 1e6:,.0f} MB, {images * 40 / 1e6:,.0f} MB with uneven repeats |"
-        )
     return "\n".join(rows)
 
 

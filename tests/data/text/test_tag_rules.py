@@ -28,7 +28,7 @@ IMPLICATIONS = (
 
 
 def test_the_example_of_the_data_page_is_read() -> None:
-    example = (ROOT / "docs" / "DATA.md").read_text().split("```text tag_aliases.csv\n")[1].split("```")[0]
+    example = (ROOT / "docs" / "CAPTIONS.md").read_text().split("```text tag_aliases.csv\n")[1].split("```")[0]
     assert parse_aliases(example.encode()) == {"kitty": "cat", "fate": "fate_(series)"}
 
 
