@@ -36,6 +36,17 @@ DRY_RUN_HELP = "check everything up to the first step, then stop"
 SETTINGS_HELP = "Every setting: docs/CONFIG.md, which `sdxl-trainer settings` prints."
 
 
+def parse_positive(text: str) -> int:
+    """Return a whole number of 1 or more, for `type` of an argument.
+
+    Raises:
+        argparse.ArgumentTypeError: the text is anything else.
+    """
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError("must be a whole number of 1 or more")
+    return int(text)
+
+
 def require_checkout(program: str) -> None:
     """Exit and print the cure if Python imports a stale install instead of the checkout that holds `program`."""
     checkout, imported = Path(program).resolve().parent.parent, Path(__file__).resolve().parent.parent

@@ -1,11 +1,10 @@
 """The program that trains a grid of settings and compares them. Its help needs no library."""
 
-import argparse
 from collections.abc import Sequence
 
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, run_program
+from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, parse_positive, run_program
 
 DESCRIPTION = (
     "Train a grid of settings from one start, with the same data, noise and order in every arm, and compare them. The "
@@ -42,10 +41,10 @@ def build_ablation_parser() -> TranslatedParser:
         help="value of a varied setting that the others are compared with (default: its first)",
     )
     parser.add_argument(
-        "--seeds", type=_parse_positive, default=DEFAULT_SEEDS, metavar="N", help="runs of each arm (default: 3)"
+        "--seeds", type=parse_positive, default=DEFAULT_SEEDS, metavar="N", help="runs of each arm (default: 3)"
     )
     parser.add_argument(
-        "--budget-steps", type=_parse_positive, metavar="N", help="optimizer steps of every run, as train.max_steps"
+        "--budget-steps", type=parse_positive, metavar="N", help="optimizer steps of every run, as train.max_steps"
     )
     parser.add_argument("--name", default="", help="folder of the runs, in run.dir (default: <run.name>-ablation)")
     parser.add_argument(
@@ -84,10 +83,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_study(request, dry_run=options.dry_run)
 
     return run_program(work)
-
-
-def _parse_positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from sdxl_trainer.configs.language.arguments import TranslatedParser
 from sdxl_trainer.configs.paths import parse_path
-from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, RankParser, announce, run_program
+from sdxl_trainer.launch.program import OVERRIDES_HELP, SETTINGS_HELP, RankParser, announce, parse_positive, run_program
 
 DESCRIPTION = (
     "Generate an image for each caption of the validation set, and measure how far these images are from those of the "
@@ -45,7 +45,7 @@ def build_quality_parser() -> TranslatedParser:
     )
     parser.add_argument("--ema", metavar="DECAY", help="use the moving average of this decay, such as 0.999")
     parser.add_argument(
-        "--max-images", type=_parse_positive, metavar="N", help="use the first N samples of the validation set"
+        "--max-images", type=parse_positive, metavar="N", help="use the first N samples of the validation set"
     )
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the first run by default")
     parser.add_argument(
@@ -77,10 +77,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
         run_quality(request, as_json=options.json)
 
     return run_program(work)
-
-
-def _parse_positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be 1 or more")
-    return number
