@@ -30,8 +30,6 @@ CASES = {
     "sdxl_24gb": (1,),
     "sdxl_lowmem_offload": (1,),
     "sdxl_full": (1, 4),
-    "sdxl_vpred_ztsnr": (1, 4),
-    "sdxl_flow": (1, 4),
     "sdxl_8gpu_zero2": (8,),
 }
 RELEASED = {"bf16_stochastic": ("adafactor", "adamw8bit", "lion", "adamw"), "bf16_kahan": ("adafactor", "adamw8bit")}
@@ -89,19 +87,25 @@ def tabulate_combinations() -> str:
         config, _ = resolve_zero_stage(config, 1)
         sizes = measure(preset, config.engine.precision)
         sizes = sizes if trained == WITH_IMAGES else replace(sizes, generation=0)
-        for micro_batch in MICRO_BATCHES:
-            chosen = set_micro_batch(config, micro_batch, 1)
-            tables = {
-                card: estimate_memory(chosen, sizes, 1, MemoryLimits(device=compute_usable_bytes(card), host=None))
-                for card in MORE_CARDS
-            }
-            card = next((f"{card} GB" for card, table in tables.items() if table.fits_device), "–")
-            peak = tables[MORE_CARDS[0]].device_peak / 1e9
-            name = config.optim.name + (", matrices" if words == AS_MATRICES else "")
-            row = f"| {card} | {trained} | {config.engine.precision} | {name} | {micro_batch} | {peak:.1f} | no |"
-            rows.append((peak, row))
-    head = "| card | trained | precision | optimizer | micro batch | GB | measured |\n|---|---|---|---|---|---|---|"
-    return "\n".join([head, *(row for _, row in sorted(rows))])
+        needs = [find_card(set_micro_batch(config, micro_batch, 1), sizes) for micro_batch in MICRO_BATCHES]
+        name = config.optim.name + (", matrices" if words == AS_MATRICES else "")
+        cells = " | ".join(f"{peak:.1f} GB | {card}" for peak, card in needs)
+        rows.append((needs[0][0], f"| {trained} | {config.engine.precision} | {name} | {cells} |"))
+    heads = " | ".join(f"micro batch {micro_batch} | card" for micro_batch in MICRO_BATCHES)
+    columns = 3 + 2 * len(MICRO_BATCHES)
+    return "\n".join(
+        [f"| trained | precision | optimizer | {heads} |", "|---" * columns + "|", *(row for _, row in sorted(rows))]
+    )
+
+
+def find_card(config: Config, sizes: NetworkSizes) -> tuple[float, str]:
+    """Return the peak memory of one GPU in GB, and the smallest card that has so much."""
+    tables = {
+        card: estimate_memory(config, sizes, 1, MemoryLimits(device=compute_usable_bytes(card), host=None))
+        for card in MORE_CARDS
+    }
+    card = next((f"{card} GB" for card, table in tables.items() if table.fits_device), "–")
+    return tables[MORE_CARDS[0]].device_peak / 1e9, card
 
 
 def tabulate_presets() -> str:
