@@ -48,6 +48,7 @@ from sdxl_trainer.data.index.unlisted_latents import (
 from sdxl_trainer.data.metadata.merge import spill_batches
 
 LATENTS_AT_ONCE = 16_384
+HASHED_AT_ONCE = 1 << 20  # keys
 MAX_BAD = 100_000  # bad samples that the summary lists
 
 
@@ -81,15 +82,15 @@ def join_latents(cache_folder: Path, records: RecordParts, selection: LatentSele
     paths, parts = build_listed_latents(cache_folder, folder)
     listed = LatentFiles(paths)
     entries = _list_entries(listed, parts)
-    row_of_record = {
-        prefix: np.where(rows, find_newest_entries(_hash_with_prefix(records, prefix), entries), np.int32(-1))
-        for prefix, rows in wanted.items()
-    }
+    row_of_record = {}
     for prefix, rows in wanted.items():
-        missing = np.flatnonzero(rows & (row_of_record[prefix] < 0))
-        if len(missing) and _has_other_keys(listed, row_of_record, records.take("key", missing)):
+        row_of_record[prefix] = find_newest_entries(_hash_with_prefix(records, prefix), entries)
+        row_of_record[prefix][~rows] = -1
+    for prefix, rows in wanted.items():
+        missing = _select_moved(listed, row_of_record, records, np.flatnonzero(rows & (row_of_record[prefix] < 0)))
+        if len(missing):
             row_of_record[prefix][missing] = _find_moved_latents(cache_folder, entries, records, prefix, missing)
-    identities = {prefix: listed.count_identities(rows[rows >= 0]) for prefix, rows in row_of_record.items()}
+    identities = listed.count_identities(row_of_record)
     missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
     search = _Search(records, missing, dict(selection.rules))
     with ExitStack() as stack:
@@ -122,11 +123,10 @@ def join_latents(cache_folder: Path, records: RecordParts, selection: LatentSele
 def _list_entries(listed: LatentFiles, parts: Sequence[int]) -> Entries:
     """Return the manifest's lines as entries to search in."""
     ends, part_of_file = np.cumsum(listed.lengths), np.array(parts, np.int64)
-    numbers = [batch.column("listed_ns").to_numpy() for batch in listed.batches]
     return Entries(
         hashes=KeyHashes(*([batch.column(name).to_numpy() for batch in listed.batches] for name in KEY_HASHES)),
         get_parts=lambda rows: part_of_file[np.searchsorted(ends, rows, side="right")],
-        get_numbers=lambda rows: np.concatenate(numbers)[rows],
+        get_numbers=lambda rows: listed.take("listed_ns", rows).to_numpy(),
     )
 
 
@@ -170,21 +170,33 @@ def _find_moved_latents(
     return rows
 
 
-def _has_other_keys(listed: LatentFiles, row_of_record: dict[str, np.ndarray], missing: pa.Array) -> bool:
-    """Return whether lines of the manifest that no record uses have keys that end like those of records without one."""
+def _select_moved(
+    listed: LatentFiles, row_of_record: dict[str, np.ndarray], records: RecordParts, missing: np.ndarray
+) -> np.ndarray:
+    """Return those of the `missing` records whose keys end like the key of a line that no record uses."""
+    if not len(missing):
+        return missing
     is_used = np.zeros(len(listed), bool)
     for rows in row_of_record.values():
-        is_used[rows[rows >= 0]] = True
-    options = pc.ReplaceSubstringOptions(pattern="^.*/", replacement="")
-    stems = pc.SetLookupOptions(pc.call_function("replace_substring_regex", [missing], options))
-    start = 0
+        for start in range(0, len(rows), HASHED_AT_ONCE):
+            part = rows[start : start + HASHED_AT_ONCE]
+            is_used[part[part >= 0]] = True
+    if is_used.all():
+        return missing[:0]
+    others, start = [], 0
     for batch in listed.batches:
-        others = batch.column("key").filter(pa.array(~is_used[start : start + len(batch)]))
+        is_other = pa.array(~is_used[start : start + len(batch)])
+        others.append(_hash_stems(batch.column("key").filter(is_other)))
         start += len(batch)
-        found = pc.call_function("is_in", [pc.call_function("replace_substring_regex", [others], options)], stems)
-        if pc.call_function("any", [found]).as_py():
-            return True
-    return False
+    others = np.unique(np.concatenate(others))
+    parts = (missing[start : start + HASHED_AT_ONCE] for start in range(0, len(missing), HASHED_AT_ONCE))
+    return np.concatenate([part[np.isin(_hash_stems(records.take("key", part)), others)] for part in parts])
+
+
+def _hash_stems(keys: pa.Array) -> np.ndarray:
+    """Return a hash of the last part of each key, [N] uint64."""
+    options = pc.ReplaceSubstringOptions(pattern="^.*/", replacement="")
+    return hash_keys(pc.call_function("replace_substring_regex", [keys], options))[0]
 
 
 def _assign_rows(row_of_record: dict[str, np.ndarray], found: pa.Table, start: int) -> None:

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-SORTED_AT_ONCE = 1 << 23  # hashes
+SORTED_AT_ONCE = 1 << 22  # hashes
 KEYS_AT_ONCE = 8192
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 NO_HASHES = np.empty(0, np.uint64)
@@ -128,20 +128,39 @@ class _SortedKeys(NamedTuple):
 def _sort_part(hashes: KeyHashes, part: int, num_parts: int) -> _SortedKeys:
     """Return the keys whose first hash lies in one of `num_parts` parts of its range."""
     keys = _select_part(hashes, part, num_parts)
-    order = np.argsort(keys.first)
+    order = _argsort(keys.first, num_parts)
     values = keys.first[order]
     if np.any(values[1:] == values[:-1]):
         order = np.lexsort((keys.rows, keys.second, keys.first))
     return keys.select(order)
 
 
+def _argsort(values: np.ndarray, num_parts: int) -> np.ndarray:
+    """Return np.argsort(values) of hashes of one part.
+
+    Each hash is sorted with its place in its low bits, which is several times as fast as argsort. The high bits are the
+    same in all of the part.
+    """
+    place_bits = np.uint64(len(values).bit_length())
+    low = (np.uint64(1) << place_bits) - np.uint64(1)
+    packed = values << np.uint64(num_parts.bit_length() - 1)
+    packed &= ~low
+    packed |= np.arange(len(values), dtype=np.uint64)
+    packed.sort()
+    order = (packed & low).astype(np.int64)
+    in_order = values[order]
+    if np.any(in_order[1:] < in_order[:-1]):  # hashes that differ in the bits of the places only
+        order = order[np.argsort(in_order, kind="stable")]
+    return order
+
+
 def _select_part(hashes: KeyHashes, part: int, num_parts: int) -> _SortedKeys:
     """Like `_sort_part`, in the order of the rows."""
-    rows, firsts, seconds, start = [np.empty(0, np.int64)], [NO_HASHES], [NO_HASHES], 0
+    rows, firsts, seconds, start = [np.empty(0, np.int32)], [NO_HASHES], [NO_HASHES], 0
     shift = np.uint64(65 - num_parts.bit_length())
     for first, second in zip(hashes.first, hashes.second, strict=True):
         at = np.arange(len(first)) if num_parts == 1 else np.flatnonzero(first >> shift == np.uint64(part))
-        rows.append(start + at)
+        rows.append((start + at).astype(np.int32))
         firsts.append(first[at])
         seconds.append(second[at])
         start += len(first)

@@ -1,6 +1,6 @@
 """Files of latents: rows of LATENT_FIELDS in the smallest form, which every sample index that needs them shares."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from sdxl_trainer.data.index.schema import (
 
 KEY_MARK = "\0"  # in a file's name, in place of the sample's key; no file name can hold it
 TYPES = dict(LATENT_FIELDS)
+KINDS = {**TYPES, "key": pa.string(), "listed_ns": pa.int64()}
+ROWS_AT_ONCE = 1 << 20
 # Files of latents in the order in which they are tried: the smallest that can hold the rows.
 FORMS = ((True, False), (True, True), (False, True))
 
@@ -31,6 +33,9 @@ class Names:
 
     def __init__(self) -> None:
         self._numbers: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._numbers)
 
     def number(self, name: str) -> int:
         """Return the number of a text."""
@@ -140,12 +145,12 @@ class LatentFiles:
         return {name: row[name] for name in LATENT_COLUMNS}
 
     def take(self, name: str, rows: np.ndarray) -> pa.Array:
-        """Return a column of LATENT_FIELDS, or `key`, at the given rows."""
+        """Return a column of LATENT_FIELDS, `key` or `listed_ns`, at the given rows."""
         if name == "file":
             return self._groups.gather(rows, self._decode_files, pa.string())
         if name == "text":
             return self._groups.gather(rows, self._decode_texts, TYPES["text"])
-        kind = TYPES.get(name, pa.string())
+        kind = KINDS[name]
         return self._groups.gather(rows, lambda group, at: self._get(group, name).take(pa.array(at)).cast(kind), kind)
 
     def _get(self, group: int, name: str) -> pa.Array:
@@ -166,18 +171,26 @@ class LatentFiles:
         texts = [_load_text(dict(zip(fields, row, strict=True)), names) for row in zip(*columns, strict=True)]
         return pa.array(texts, TYPES["text"])
 
-    def count_identities(self, rows: np.ndarray) -> dict[str, int]:
-        """Count the cache identities of the given rows, which are rows of listed latents."""
-        counts: dict[str, int] = {}
-        used = np.bincount(rows, minlength=len(self)) if len(rows) else np.zeros(len(self), np.int64)
-        start = 0
-        for batch, names in self.iterate_names():
-            weights, start = used[start : start + len(batch)], start + len(batch)
-            if weights.any() and "identity" in batch.schema.names:
-                numbers = np.bincount(batch.column("identity").to_numpy(), weights)
-                for number in np.flatnonzero(numbers).tolist():
-                    counts[names[number]] = counts.get(names[number], 0) + int(numbers[number])
-        return counts
+    def count_identities(self, rows_of: Mapping[str, np.ndarray]) -> dict[str, dict[str, int]]:
+        """Count the cache identities of listed latents: for each entry of `rows_of`, name of the identity → number.
+
+        Args:
+            rows_of: rows of listed latents, and -1.
+        """
+        names, parts = Names(), [np.empty(0, np.uint16)]
+        for batch, own in self.iterate_names():
+            stored = batch.column("identity").to_numpy()
+            used = np.unique(stored)
+            numbers = [names.number(own[number]) for number in used.tolist()]
+            kind = np.uint16 if len(names) <= 1 << 16 else np.int32
+            parts.append(np.array(numbers, kind)[np.searchsorted(used, stored)])
+        numbers, texts = np.concatenate(parts), names.to_list()
+        counts = {key: np.zeros(len(texts), np.int64) for key in rows_of}
+        for key, rows in rows_of.items():
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                part = rows[start : start + ROWS_AT_ONCE]
+                counts[key] += np.bincount(numbers[part[part >= 0]], minlength=len(texts))
+        return {key: {texts[at]: int(found[at]) for at in np.flatnonzero(found)} for key, found in counts.items()}
 
     def pack_sizes(self, name: str) -> np.ndarray:
         """Return each row's `bucket` or `original` size, packed in 32 bits if all sides take 16, else in 64."""

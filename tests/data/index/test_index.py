@@ -23,7 +23,7 @@ from sdxl_trainer.data.formats.manifest import (
 )
 from sdxl_trainer.data.images.bucket import BucketRule, CropBox, Size
 from sdxl_trainer.data.index import index as module
-from sdxl_trainer.data.index import record_parts
+from sdxl_trainer.data.index import join, latent_files, record_parts, sample_rows
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.missing_latents import EncodingSettings
@@ -89,6 +89,32 @@ def test_rows_are_read_from_several_groups(tmp_path, monkeypatch):
     content = {f"k{number}": {"caption": str(number)} for number in range(10)}
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
     assert [index.record(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
+
+
+def test_an_index_that_is_put_together_of_small_spans_has_the_same_bytes(tmp_path, monkeypatch):
+    """Spans bound the memory of large sets. The rows, their buckets and their hash do not depend on them."""
+    content = {f"k{number}": {"caption": "x", "original_size": [100, 150]} for number in range(40)}
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    rng, selection = np.random.default_rng(0), LatentSelection(prefixes=("", "64px/"))
+    for prefix in selection.prefixes:
+        for rank, bucket in enumerate([(64, 96), (96, 64), (32, 32)]):
+            keys = [f"{prefix}k{number}" for number in rng.integers(48, size=20)]
+            list_entries(tmp_path, *keys, rank=rank, bucket=bucket)
+    for entry in ("10_dog/k1", "64px/k2"):  # of other records, and another key of an image without an entry
+        list_entries(tmp_path, entry)
+    whole = open_sample_index(tmp_path, records, selection)
+    expected = whole.path.read_bytes()
+    listed = read_latest(tmp_path)
+    counts = {prefix: sum(prefix + key in listed for key in content) for prefix in selection.prefixes}
+    assert whole.summary.identities == {prefix: {"": number} for prefix, number in counts.items()}
+    assert get_keys(whole) == [
+        prefix + key for prefix in selection.prefixes for key in content if prefix + key in listed
+    ]
+    whole.path.unlink()
+    for place, name in ((join, "HASHED_AT_ONCE"), (latent_files, "ROWS_AT_ONCE"), (sample_rows, "ROWS_AT_ONCE")):
+        monkeypatch.setattr(place, name, 7)
+    assert open_sample_index(tmp_path, records, selection).path.read_bytes() == expected
+    assert not [path for path in (tmp_path / "index").iterdir() if path.name.startswith("tmp")]
 
 
 def test_the_index_is_rebuilt_only_when_its_metadata_changes(tmp_path, builds):

@@ -56,3 +56,11 @@ def test_the_newest_entry_is_found_although_hashes_collide(monkeypatch, sorted_a
         assert find_newest_entries(split(keys), searched).tolist() == choose(keys, entries)
         assert has_equal_keys(split(listed)) == (len(set(listed)) < len(listed))
         assert not has_equal_keys(split(keys))
+
+
+@pytest.mark.parametrize("num_parts", [1, 4])
+def test_hashes_are_sorted_although_they_differ_in_their_last_bits_only(num_parts):
+    rng = np.random.default_rng(0)
+    first = rng.integers(0, 2**62 // num_parts, 50, np.uint64) & ~np.uint64(0xFFFF)
+    values = rng.permutation(np.concatenate([first, *(first[:40] + np.uint64(step) for step in (1, 3, 63, 64))]))
+    assert np.array_equal(values[module._argsort(values, num_parts)], np.sort(values))
