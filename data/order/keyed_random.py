@@ -5,10 +5,21 @@ row). A resumed run, other workers, and another number of ranks therefore draw t
 """
 
 from enum import IntEnum
+from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
 _MASK = (1 << 64) - 1
+FEW_INDICES = 8  # that are permuted one by one
+
+
+def _build_constant(value: int) -> np.ndarray:
+    return np.array(value, np.uint64)
+
+
+FIRST_FACTOR, SECOND_FACTOR = map(_build_constant, (0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+FIRST_SHIFT, SECOND_SHIFT = map(_build_constant, (29, 32))
 
 
 class RandomStream(IntEnum):
@@ -60,14 +71,18 @@ def permute(index: np.ndarray, size: int, key: int) -> np.ndarray:
     Returns:
         [N] int64.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
-    mask = np.uint64((1 << half) - 1)
-    round_keys = [np.uint64(derive_seed(key, number)) for number in range(6)]
-    result = _feistel(index.astype(np.uint64), half, mask, round_keys)
-    outside = np.flatnonzero(result >= size)
-    while outside.size:
-        result[outside] = _feistel(result[outside], half, mask, round_keys)
-        outside = outside[result[outside] >= size]
+    network = _build_network(size, key)
+    result = index.astype(np.uint64)
+    outside = np.arange(len(result))
+    while outside.size > FEW_INDICES:
+        walked = network.permute(result[outside])
+        result[outside] = walked
+        outside = outside[walked >= network.size]
+    for place in outside.tolist():
+        value = network.permute_one(int(result[place]))
+        while value >= size:
+            value = network.permute_one(value)
+        result[place] = value
     return result.astype(np.int64)
 
 
@@ -79,11 +94,52 @@ def _splitmix(value: int) -> int:
     return value ^ (value >> 31)
 
 
-def _feistel(values: np.ndarray, half: int, mask: np.uint64, round_keys: list[np.uint64]) -> np.ndarray:
-    """Permute values of 2·half bits: each round mixes one half into the other, which is always invertible."""
-    left, right = values >> np.uint64(half), values & mask
-    for key in round_keys:
-        mixed = (right + key) * np.uint64(0xBF58476D1CE4E5B9)
-        mixed = (mixed ^ (mixed >> np.uint64(29))) * np.uint64(0x94D049BB133111EB)
-        left, right = right, left ^ ((mixed ^ (mixed >> np.uint64(32))) & mask)
-    return (left << np.uint64(half)) | right
+class _FeistelNetwork(NamedTuple):
+    """A permutation of numbers of 2·half bits: each round mixes one half into the other, which is always invertible.
+
+    Constants are arrays without dimensions, which numpy reads twice as fast as its scalars.
+    """
+
+    size: np.ndarray  # numbers in the permuted range
+    half: np.ndarray  # bits
+    mask: np.ndarray  # of the lower half
+    keys: list[np.ndarray]  # of the rounds
+    key_numbers: list[int]  # the same
+
+    def permute(self, values: np.ndarray) -> np.ndarray:
+        """Permute values, [N] uint64."""
+        left, right = values >> self.half, values & self.mask
+        mixed, shifted = np.empty_like(values), np.empty_like(values)
+        for key in self.keys:
+            np.add(right, key, mixed)
+            np.multiply(mixed, FIRST_FACTOR, mixed)
+            np.bitwise_xor(mixed, np.right_shift(mixed, FIRST_SHIFT, shifted), mixed)
+            np.multiply(mixed, SECOND_FACTOR, mixed)
+            np.bitwise_xor(mixed, np.right_shift(mixed, SECOND_SHIFT, shifted), mixed)
+            np.bitwise_and(mixed, self.mask, mixed)
+            np.bitwise_xor(left, mixed, left)
+            left, right = right, left
+        return (left << self.half) | right
+
+    def permute_one(self, value: int) -> int:
+        """Permute one value, which is faster for a few of them."""
+        half, mask = int(self.half), int(self.mask)
+        left, right = value >> half, value & mask
+        for key in self.key_numbers:
+            mixed = (right + key) * 0xBF58476D1CE4E5B9 & _MASK
+            mixed = (mixed ^ (mixed >> 29)) * 0x94D049BB133111EB & _MASK
+            left, right = right, left ^ ((mixed ^ (mixed >> 32)) & mask)
+        return (left << half) | right
+
+
+@lru_cache(maxsize=256)
+def _build_network(size: int, key: int) -> _FeistelNetwork:
+    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    numbers = [derive_seed(key, number) for number in range(6)]
+    return _FeistelNetwork(
+        size=_build_constant(size),
+        half=_build_constant(half),
+        mask=_build_constant((1 << half) - 1),
+        keys=list(map(_build_constant, numbers)),
+        key_numbers=numbers,
+    )

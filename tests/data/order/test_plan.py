@@ -50,6 +50,16 @@ def test_permute_is_even_and_works_index_by_index():
     assert permute(np.array([12_345_678]), big, 3) == permute(np.arange(12_345_600, 12_345_700), big, 3)[78]
 
 
+def test_permutations_stay_as_they_are():
+    """Checkpoints rely on them: a resumed run continues the order that it began with."""
+    size = 20_000_000
+    assert permute(np.arange(3), size, 7).tolist() == [3334354, 16700696, 17391691]  # one by one
+    many = permute(np.arange(5000, 5300), size, 7)
+    assert (many * np.arange(300)).sum() == 438953568951
+    assert many.tolist() == [permute(np.array([index]), size, 7)[0] for index in range(5000, 5300)]
+    assert permute(np.array([5]), 2**34 - 5, 9).tolist() == [11988231813]
+
+
 @settings(max_examples=60, deadline=None)
 @given(BUCKETS, st.integers(1, 12), st.integers(0, 2**63 - 1), st.data())
 def test_every_sample_gets_its_turns_and_carried_samples_come_next(buckets, size, seed, data):
