@@ -92,9 +92,10 @@ def find_newest_entries(keys: KeyHashes, entries: Entries) -> np.ndarray:
         if not len(listed.rows) or not len(wanted.rows):
             continue
         newest = _choose_newest(listed, entries)
+        share_first = np.any(newest.first[1:] == newest.first[:-1])
         # Sorted searches walk through memory in order, which is several times as fast.
         start = np.searchsorted(newest.first, wanted.first)
-        for step in (0, 1):  # two keys may share the first hash
+        for step in (0, 1) if share_first else (0,):  # at most two keys share the first hash
             places = np.minimum(start + step, len(newest.first) - 1)
             matches = (newest.first[places] == wanted.first) & (newest.second[places] == wanted.second)
             found[wanted.rows[matches]] = newest.rows[places[matches]]
@@ -128,15 +129,14 @@ class _SortedKeys(NamedTuple):
 def _sort_part(hashes: KeyHashes, part: int, num_parts: int) -> _SortedKeys:
     """Return the keys whose first hash lies in one of `num_parts` parts of its range."""
     keys = _select_part(hashes, part, num_parts)
-    order = _argsort(keys.first, num_parts)
-    values = keys.first[order]
-    if np.any(values[1:] == values[:-1]):
-        order = np.lexsort((keys.rows, keys.second, keys.first))
-    return keys.select(order)
+    order, first = _argsort(keys.first, num_parts)
+    if np.any(first[1:] == first[:-1]):
+        return keys.select(np.lexsort((keys.rows, keys.second, keys.first)))
+    return _SortedKeys(keys.rows[order], first, keys.second[order])
 
 
-def _argsort(values: np.ndarray, num_parts: int) -> np.ndarray:
-    """Return np.argsort(values) of hashes of one part.
+def _argsort(values: np.ndarray, num_parts: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return np.argsort(values) of hashes of one part, and the sorted hashes.
 
     Each hash is sorted with its place in its low bits, which is several times as fast as argsort. The high bits are the
     same in all of the part.
@@ -151,7 +151,8 @@ def _argsort(values: np.ndarray, num_parts: int) -> np.ndarray:
     in_order = values[order]
     if np.any(in_order[1:] < in_order[:-1]):  # hashes that differ in the bits of the places only
         order = order[np.argsort(in_order, kind="stable")]
-    return order
+        in_order = values[order]
+    return order, in_order
 
 
 def _select_part(hashes: KeyHashes, part: int, num_parts: int) -> _SortedKeys:
