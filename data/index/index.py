@@ -25,7 +25,7 @@ from sdxl_trainer.data.files import remove_leftovers
 from sdxl_trainer.data.formats.manifest import get_refused_file, list_manifest_parts, read_refused
 from sdxl_trainer.data.images.image_files import walk_images
 from sdxl_trainer.data.images.skipped_files import SkippedFiles
-from sdxl_trainer.data.index.index_file import IndexFile, open_undamaged, write_index_file
+from sdxl_trainer.data.index.index_file import IndexFile, are_undamaged, open_undamaged, write_index_file
 from sdxl_trainer.data.index.join import ALL_LATENTS, LatentSelection, join_latents
 from sdxl_trainer.data.index.key_hash import has_equal_keys
 from sdxl_trainer.data.index.record_parts import RecordPart, RecordParts, group_files, write_record_part
@@ -159,7 +159,7 @@ class _RecordBuilder:
     ) -> None:
         """Build a part unless it exists."""
         path = self.folder / PARTS / name
-        if open_undamaged(path) is None:
+        if open_undamaged(path, is_part=True) is None:
             rows = (build_record_rows(block, finder, self.separator) for block in read())
             write_record_part(path, rows, with_places)
 
@@ -263,8 +263,7 @@ def _open_existing(path: Path) -> Index | None:
     head = open_undamaged(path)
     if head is None:
         return None
-    names = _list_part_names(head)
-    if not all([open_undamaged(path.parent / PARTS / name) for name in names]):
+    if not are_undamaged([path.parent / PARTS / name for name in _list_part_names(head)]):
         return None
     try:
         index = Index(path)

@@ -1,13 +1,18 @@
 """Index files: Arrow files with a description and checksums at the end, which map into memory.
 
-Arrow checks neither values nor offsets of a file that it maps: damage could end the process or change captions.
+Arrow checks neither values nor offsets of a file that it maps: damage could end the process or change captions. Reading
+a large index takes minutes, so that a part is read whole only if it was written to since its last check: a finished
+file holds its own modification time, which every write changes. Each start checks a further share of the parts.
 """
 
 import mmap
 import os
+import secrets
 import struct
-from collections.abc import Callable, Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,8 +25,12 @@ from sdxl_trainer.data.files import open_atomic
 
 CHUNK_BYTES = 16 << 20
 NUM_THREADS = 4
-MARK = b"checked2"
-TAIL = struct.Struct("<QI8s")  # bytes of the description, number of chunks, MARK
+ROWS_PER_GROUP = 1 << 17  # a process keeps 40 KB for each group of rows
+GROUP_BYTES = 128 << 20  # Arrow's texts of one group take less than 2 GiB
+CHECKED_BYTES = 512 << 20  # of unchanged parts that a start checks
+MARK = b"checked3"
+TAIL = struct.Struct("<QIq8s")  # bytes of the description, number of chunks, modification time (ns), MARK
+NS = 1_000_000_000
 
 
 class DamagedIndexError(ValueError):
@@ -43,17 +52,19 @@ class IndexFile:
         self.path = path
         opened = os.open(path, os.O_RDONLY) if descriptor is None else descriptor
         try:
-            if os.fstat(opened).st_size < TAIL.size:
+            status = os.fstat(opened)
+            if status.st_size < TAIL.size:
                 raise DamagedIndexError("is cut short")
             self._map = mmap.mmap(opened, 0, prot=mmap.PROT_READ)
         finally:
             if descriptor is None:
                 os.close(opened)
         content = memoryview(self._map)
-        num_bytes, num_chunks, mark = TAIL.unpack(content[-TAIL.size :])
+        num_bytes, num_chunks, self._finished_ns, mark = TAIL.unpack(content[-TAIL.size :])
         end = len(content) - TAIL.size - 4 * num_chunks
         if mark != MARK or num_chunks != -(-end // CHUNK_BYTES) or num_bytes > end:
             raise DamagedIndexError("is cut short")
+        self.is_unchanged = status.st_mtime_ns == self._finished_ns  # since it was finished, or last verified
         self._checked_bytes = end
         self._crcs = struct.unpack(f"<{num_chunks}I", content[end : end + 4 * num_chunks])
         self._description = content[end - num_bytes : end]
@@ -81,6 +92,9 @@ class IndexFile:
         """
         if list(self._crcs) != compute_crcs(self.path, self._checked_bytes):
             raise DamagedIndexError("differs from its checksums")
+        if not self.is_unchanged:  # a copy
+            with suppress(OSError):  # another user's index
+                os.utime(self.path, ns=(self._finished_ns, self._finished_ns))
 
     def release_pages(self) -> None:
         """Drop the pages read so far. All processes share them, but they count as each process' own memory."""
@@ -107,11 +121,15 @@ def write_index_file(
 
 
 def _finish(file: IO[bytes], description: bytes) -> None:
-    """Append the description and the checksums."""
+    """Append the description, the checksums and the modification time, and set the latter."""
     file.write(description)
     file.flush()
     crcs = compute_crcs(Path(file.name), file.tell())
-    file.write(struct.pack(f"<{len(crcs)}I", *crcs) + TAIL.pack(len(description), len(crcs), MARK))
+    finished_ns = int(time.time()) * NS  # file systems may keep whole seconds
+    file.write(struct.pack(f"<{len(crcs)}I", *crcs) + TAIL.pack(len(description), len(crcs), finished_ns, MARK))
+    file.flush()
+    os.fsync(file.fileno())  # a later write to disk would change the time
+    os.utime(file.fileno(), ns=(finished_ns, finished_ns))
 
 
 def compute_crcs(path: Path, num_bytes: int) -> list[int]:
@@ -128,11 +146,28 @@ def compute_crcs(path: Path, num_bytes: int) -> list[int]:
         os.close(descriptor)
 
 
-def open_undamaged(path: Path) -> IndexFile | None:
-    """Open a file and verify its checksums; None if there is none. A damaged file is deleted."""
+def regroup(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows in batches of about ROWS_PER_GROUP or GROUP_BYTES, as a file of many small ones opens slowly."""
+    waiting: list[pa.RecordBatch] = []
+    for batch in batches:
+        waiting.append(batch)
+        if sum(map(len, waiting)) >= ROWS_PER_GROUP or sum(each.nbytes for each in waiting) >= GROUP_BYTES:
+            yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
+            waiting = []
+    if waiting:
+        yield pa.concat_batches(waiting)
+
+
+def open_undamaged(path: Path, is_part: bool = False) -> IndexFile | None:
+    """Open a file and verify its checksums; None if there is none. A damaged file is deleted.
+
+    Args:
+        is_part: verify the checksums only if the file was written to since they were last verified.
+    """
     try:
         file = IndexFile(path)
-        file.verify()
+        if not (is_part and file.is_unchanged):
+            file.verify()
         return file
     except FileNotFoundError:  # also if another process deletes it
         return None
@@ -140,3 +175,18 @@ def open_undamaged(path: Path) -> IndexFile | None:
         logger.warning("{}: the index is damaged and is built again: {}", path, error)
         path.unlink(missing_ok=True)
         return None
+
+
+def are_undamaged(paths: Sequence[Path]) -> bool:
+    """Return whether the parts of an index exist and are whole. Damaged files are deleted.
+
+    Of parts that were not written to, CHECKED_BYTES are verified, from another part on at each start.
+    """
+    files = [open_undamaged(path, is_part=True) for path in paths]
+    start, num_bytes = secrets.randbelow(len(files) + 1), 0
+    for at in [*range(start, len(files)), *range(start)]:
+        file = files[at]
+        if file is not None and file.is_unchanged and num_bytes + file.num_bytes <= CHECKED_BYTES:
+            num_bytes += file.num_bytes
+            files[at] = open_undamaged(file.path)
+    return None not in files

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from sdxl_trainer.data.index.gather import RowGroups
-from sdxl_trainer.data.index.index_file import IndexFile, write_index_file
+from sdxl_trainer.data.index.index_file import IndexFile, regroup, write_index_file
 from sdxl_trainer.data.index.key_hash import hash_keys
 from sdxl_trainer.data.index.schema import (
     KEY_HASHES,
@@ -58,7 +58,7 @@ def write_latent_file(path: Path, list_batches: Callable[[], Iterator[pa.RecordB
         schema = pa.schema([*(STORED_ENTRY if is_listed else STORED_FOUND), *build_latent_fields(narrow, text)])
         batches = (_store_batch(batch, schema, names) for batch in list_batches())
         try:
-            write_index_file(path, schema, batches, lambda names=names: {"names": names.to_list()})
+            write_index_file(path, schema, regroup(batches), lambda names=names: {"names": names.to_list()})
             return
         except _UnfitError:
             assert number < len(FORMS), "the last form holds all rows"

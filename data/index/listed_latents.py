@@ -124,7 +124,7 @@ def _build_columns(part: Path, folder: Path, name: str) -> Path:
     """Return the file of a part of the manifest that is stored as columns."""
     status = os.stat(part)
     path = folder / f"listed-{name}-{status.st_size}-{status.st_mtime_ns}.arrow"
-    if open_undamaged(path) is None:
+    if open_undamaged(path, is_part=True) is None:
         warnings = CountedWarnings("damaged line skipped", "the log file")
         damaged: list[str] = []
         write_latent_file(path, lambda: map(_list_columns, read_columns(part, damaged, COLUMNS)), is_listed=True)
@@ -160,7 +160,7 @@ def _find_spans(part: Path, folder: Path, name: str, end: int) -> list[_Span]:
     while following := [span for span in spans if span.start == place and place < span.end <= end]:
         for span in sorted(following, reverse=True):
             is_same = _compute_crc(part, span.start, span.end) == span.crc
-            if is_same and open_undamaged(folder / _build_name(name, span)) is not None:
+            if is_same and open_undamaged(folder / _build_name(name, span), is_part=True) is not None:
                 chain.append(span)
                 place = span.end
                 break

@@ -16,12 +16,11 @@ import pyarrow as pa
 
 from sdxl_trainer.data.index.compressed_texts import BLOCK_ROWS, compress_texts, read_block, read_text
 from sdxl_trainer.data.index.gather import RowGroups
-from sdxl_trainer.data.index.index_file import IndexFile, write_index_file
+from sdxl_trainer.data.index.index_file import IndexFile, regroup, write_index_file
 from sdxl_trainer.data.index.key_hash import KeyHashes, hash_keys
 from sdxl_trainer.data.index.schema import KEY_HASHES, PLACES, STORED_RECORDS
 from sdxl_trainer.data.metadata.sqlite_file import list_changing_files
 
-ROWS_PER_GROUP = 32_768
 LARGE_BYTES = 4 << 20  # of a metadata file that has a part of its own
 ONE_IN = 64  # of small files ends a part
 KINDS = {field.name: field.type for field in [*STORED_RECORDS, *PLACES]}
@@ -85,20 +84,8 @@ def write_record_part(path: Path, batches: Iterable[pa.RecordBatch], with_places
     """
     log = LengthLog(batches)
     schema = pa.schema([*STORED_RECORDS, *PLACES]) if with_places else STORED_RECORDS
-    stored = (_store_batch(batch, schema) for batch in regroup(log, ROWS_PER_GROUP))
+    stored = (_store_batch(batch, schema) for batch in regroup(log))
     write_index_file(path, schema, stored, lambda: {"lengths": log.lengths})
-
-
-def regroup(batches: Iterable[pa.RecordBatch], num_rows: int) -> Iterator[pa.RecordBatch]:
-    """Yield the rows in batches of at least `num_rows`, because a file of many small batches opens slowly."""
-    waiting: list[pa.RecordBatch] = []
-    for batch in batches:
-        waiting.append(batch)
-        if sum(map(len, waiting)) >= num_rows:
-            yield waiting[0] if len(waiting) == 1 else pa.concat_batches(waiting)
-            waiting = []
-    if waiting:
-        yield pa.concat_batches(waiting)
 
 
 def _store_batch(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:

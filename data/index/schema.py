@@ -8,7 +8,7 @@ import pyarrow as pa
 from sdxl_trainer.data.images.bucket import Placement, Size
 from sdxl_trainer.data.metadata.records import RECORD_SCHEMA
 
-VERSION = 20  # part of every fingerprint: raise it when the columns or their meaning change
+VERSION = 21  # part of every fingerprint: raise it when the columns or their meaning change
 PARTS = "parts"  # subfolder of the parts of indexes
 TEXT_FIELDS = pa.struct(
     [

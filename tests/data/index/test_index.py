@@ -23,7 +23,7 @@ from sdxl_trainer.data.formats.manifest import (
 )
 from sdxl_trainer.data.images.bucket import BucketRule, CropBox, Size
 from sdxl_trainer.data.index import index as module
-from sdxl_trainer.data.index import join, latent_files, record_parts, sample_rows
+from sdxl_trainer.data.index import index_file, join, latent_files, record_parts, sample_rows
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.missing_latents import EncodingSettings
@@ -65,6 +65,11 @@ def list_entries(folder: Path, *keys: str, rank: int = 0, bucket: tuple[int, int
     writer.close()
 
 
+def read_head(path: Path) -> list:
+    head = index_file.IndexFile(path)
+    return [head.read_description(), *(batch.to_pydict() for batch in head.read_batches())]
+
+
 def get_keys(index: Index) -> list[str]:
     return index.arrow_column("key").to_pylist()
 
@@ -85,13 +90,13 @@ def test_rows_and_columns_come_from_the_mapped_file(tmp_path):
 
 
 def test_rows_are_read_from_several_groups(tmp_path, monkeypatch):
-    monkeypatch.setattr(record_parts, "ROWS_PER_GROUP", 3)
+    monkeypatch.setattr(index_file, "ROWS_PER_GROUP", 3)
     content = {f"k{number}": {"caption": str(number)} for number in range(10)}
     index = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
     assert [index.record(number)["caption"] for number in range(len(index))] == [str(number) for number in range(10)]
 
 
-def test_an_index_that_is_put_together_of_small_spans_has_the_same_bytes(tmp_path, monkeypatch):
+def test_an_index_that_is_put_together_of_small_spans_has_the_same_rows(tmp_path, monkeypatch):
     """Spans bound the memory of large sets. The rows, their buckets and their hash do not depend on them."""
     content = {f"k{number}": {"caption": "x", "original_size": [100, 150]} for number in range(40)}
     records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
@@ -103,7 +108,7 @@ def test_an_index_that_is_put_together_of_small_spans_has_the_same_bytes(tmp_pat
     for entry in ("10_dog/k1", "64px/k2"):  # of other records, and another key of an image without an entry
         list_entries(tmp_path, entry)
     whole = open_sample_index(tmp_path, records, selection)
-    expected = whole.path.read_bytes()
+    expected = read_head(whole.path)
     listed = read_latest(tmp_path)
     counts = {prefix: sum(prefix + key in listed for key in content) for prefix in selection.prefixes}
     assert whole.summary.identities == {prefix: {"": number} for prefix, number in counts.items()}
@@ -113,7 +118,7 @@ def test_an_index_that_is_put_together_of_small_spans_has_the_same_bytes(tmp_pat
     whole.path.unlink()
     for place, name in ((join, "HASHED_AT_ONCE"), (latent_files, "ROWS_AT_ONCE"), (sample_rows, "ROWS_AT_ONCE")):
         monkeypatch.setattr(place, name, 7)
-    assert open_sample_index(tmp_path, records, selection).path.read_bytes() == expected
+    assert read_head(open_sample_index(tmp_path, records, selection).path) == expected
     assert not [path for path in (tmp_path / "index").iterdir() if path.name.startswith("tmp")]
 
 
@@ -245,6 +250,52 @@ def test_a_damaged_index_is_built_again(tmp_path, builds, damage):
         samples = open_sample_index(tmp_path, records)
         assert [samples.row(row) for row in (0, 1)] == before
         assert builds == [(records if kind == "records" else samples).path.name]
+
+
+def test_a_large_index_is_read_whole_only_if_a_part_was_written_to(tmp_path, builds, monkeypatch):
+    metadata = write_metadata(tmp_path / "m.json", {f"k{n}": {"caption": f"words {n}"} for n in range(300)})
+    records = open_record_index(tmp_path, [metadata], [])
+    [part] = [file.path for file in records.list_parts()]
+    del records, builds[:]
+
+    def damage(keep_time: bool) -> None:
+        content, status = bytearray(part.read_bytes()), part.stat()
+        content[content.index(b"k7")] ^= 1
+        part.write_bytes(content)
+        if keep_time:
+            os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    monkeypatch.setattr(index_file, "CHECKED_BYTES", part.stat().st_size - 1)
+    damage(keep_time=True)  # as a disk does
+    open_record_index(tmp_path, [metadata], [])
+    assert not builds
+    monkeypatch.undo()  # a start that checks this part
+    assert open_record_index(tmp_path, [metadata], []).row(7)["key"] == "k7"
+    monkeypatch.setattr(index_file, "CHECKED_BYTES", 0)
+    damage(keep_time=False)
+    assert open_record_index(tmp_path, [metadata], []).row(7)["key"] == "k7"
+    # A copy is read whole once.
+    os.utime(part, (1, 1))
+    assert open_record_index(tmp_path, [metadata], []) and index_file.IndexFile(part).is_unchanged
+
+
+def test_each_start_checks_other_parts(tmp_path, monkeypatch):
+    paths, checked = [tmp_path / f"{number}.arrow" for number in range(4)], set()
+    for path in paths:
+        index_file.write_index_file(path, pa.schema([]), [])
+    verify = index_file.IndexFile.verify
+    monkeypatch.setattr(index_file.IndexFile, "verify", lambda file: (checked.add(file.path), verify(file)))
+    for sizes in (0, 1, 2, 4):
+        checked.clear()
+        monkeypatch.setattr(index_file, "CHECKED_BYTES", sizes * paths[0].stat().st_size)
+        assert index_file.are_undamaged(paths) and len(checked) == sizes
+    monkeypatch.setattr(index_file, "CHECKED_BYTES", paths[0].stat().st_size)
+    checked.clear()
+    for _ in range(200):
+        index_file.are_undamaged(paths)
+    assert checked == set(paths)
+    paths[2].unlink()
+    assert not index_file.are_undamaged(paths)
 
 
 def test_an_index_is_kept_although_all_others_are_of_a_later_time(tmp_path):
