@@ -1,7 +1,9 @@
 """Latents that the cache's manifest lists, in files of latents that are kept for the next index.
 
 A part of the manifest only grows, so each file holds a span of a part, and lines that were appended get a file of their
-own. The CRC-32 of the span is in the file's name: a part that was written anew is read anew.
+own. Each span has at least twice the bytes of the next one: a new file takes over the lines of smaller spans before it.
+A part that grows every day for a year has about ten files, and each of its lines is read about ten times. The CRC-32 of
+the span is in the file's name: a part that was written anew is read anew.
 
 A manifest of millions of lines is decoded many lines at a time, which is five times as fast as `read_part`. If a line
 is damaged, `read_part` reads the part instead: it names damaged lines and skips them.
@@ -41,7 +43,6 @@ RENAMED = {
     "crop_top": "crop_top",
 }
 COLUMNS = [*RENAMED, *(name for name in LISTED_SCHEMA.names if name not in RENAMED.values())]
-MAX_SPANS = 16  # of a part of the manifest; then all lines are read anew
 SPAN_NAME = re.compile(r"listed-[0-9a-f]+-(\d+)-(\d+)-([0-9a-f]{8})\.arrow")
 CRC_TAIL = len(CRC_MARK) + len('"00000000"}\n')  # bytes of a line's last field
 
@@ -103,12 +104,13 @@ def _build_part(part: Path, folder: Path) -> list[Path]:
         return [_build_columns(part, folder, name)]
     end = _find_last_line_end(part)
     spans = _find_spans(part, folder, name, end)
-    paths = [folder / _build_name(name, span) for span in spans]
     start = spans[-1].end if spans else 0
+    if start < end:
+        while spans and spans[-1].end - spans[-1].start < 2 * (end - start):
+            start = spans.pop().start
+    paths = [folder / _build_name(name, span) for span in spans]
     if start == end:
         return paths
-    if len(spans) >= MAX_SPANS:
-        paths, start = [], 0
     span = _Span(start, end, _compute_crc(part, start, end))
     try:
         path = folder / _build_name(name, span)

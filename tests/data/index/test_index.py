@@ -26,6 +26,8 @@ from sdxl_trainer.data.index import index as module
 from sdxl_trainer.data.index import index_file, join, latent_files, record_parts, sample_rows
 from sdxl_trainer.data.index.index import Index, open_record_index, open_sample_index
 from sdxl_trainer.data.index.join import LatentSelection
+from sdxl_trainer.data.index.latent_files import LatentFiles
+from sdxl_trainer.data.index.listed_latents import build_listed_latents
 from sdxl_trainer.data.index.missing_latents import EncodingSettings
 from sdxl_trainer.data.index.schema import PARTS
 from sdxl_trainer.data.index.unlisted_latents import infer_placement
@@ -442,6 +444,20 @@ def test_growth_reuses_the_parts_of_all_files_that_have_not_changed(tmp_path, mo
     files[1].write_text(json.dumps({"key": "k1x", "caption": "new"}) + "\n")
     index = open_sample_index(tmp_path, open_record_index(tmp_path, [files[0], files[1], files[3]], []))
     assert get_keys(index) == ["k0", "k1x", "k3xxx"] and index.record(1)["caption"] == "new"
+
+
+def test_a_manifest_that_grows_every_day_has_few_files(tmp_path):
+    """Each line is read a few times in all, and no file of latents holds a line twice."""
+    folder, seen, num_read = tmp_path / "index" / PARTS, set(), 0
+    for day in range(60):
+        list_entries(tmp_path, *(f"k{day:02d}{number}" for number in range(day % 3 + 1)))
+        paths = build_listed_latents(tmp_path, folder).paths
+        new = LatentFiles(set(paths) - seen)
+        assert len(new.files) == 1 and len(paths) <= 7
+        num_read, seen = num_read + len(new), seen | set(paths)
+    latents = LatentFiles(paths)
+    keys = latents.take("key", np.arange(len(latents))).to_pylist()
+    assert keys == list(read_latest(tmp_path)) and len(keys) == 120 and num_read <= 7 * 120
 
 
 def test_a_manifest_of_columns_joins_as_its_lines_do(tmp_path):
