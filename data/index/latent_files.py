@@ -177,7 +177,8 @@ class LatentFiles:
         Args:
             rows_of: rows of listed latents, and -1.
         """
-        names, parts = Names(), [np.empty(0, np.uint16)]
+        names = Names()
+        parts: list[np.ndarray] = [np.empty(0, np.uint16)]
         for batch, own in self.iterate_names():
             stored = batch.column("identity").to_numpy()
             used = np.unique(stored)
