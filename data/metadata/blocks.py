@@ -29,9 +29,10 @@ from sdxl_trainer.data.metadata.sources import (
     parse_table_rows,
     read_metadata_file,
 )
-from sdxl_trainer.data.metadata.values import TEXT_FIELDS, VALUE_READERS, RefusedValues, is_missing, is_refused
+from sdxl_trainer.data.metadata.values import SIDE_FIELDS, TEXT_FIELDS, VALUE_READERS, RefusedValues, is_missing, is_refused
 
 FIELDS = tuple(VALUE_READERS)
+SIDE_NAMES = set(chain.from_iterable(SIDE_FIELDS))
 ITEM_TYPES = {str, int, float, type(None)}  # in lists of texts; the values of tags are the numbers among them
 
 RecordFields = msgspec.defstruct("RecordFields", [(name, Any, None) for name in FIELDS], gc=False)
@@ -182,6 +183,8 @@ def _is_usual(name: str, values: Sequence[Any]) -> bool:
         return types <= {str, type(None)} and not any(value is not None and is_missing(value) for value in values)
     if name == "is_reg":
         return types <= {bool, type(None)}
+    if name in SIDE_NAMES and types <= {int, type(None)}:
+        return True
     items = set(map(type, chain.from_iterable(values if types == {list} else (v for v in values if type(v) is list))))
     if name in TEXT_FIELDS:
         weights = set(map(type, chain.from_iterable(v.values() for v in values if type(v) is dict)))

@@ -28,6 +28,7 @@ from sdxl_trainer.data.metadata.sources import ROWS_AT_ONCE, SourceRecord, list_
 from sdxl_trainer.data.metadata.sqlite_file import split_table
 from sdxl_trainer.data.metadata.values import (
     DESCRIPTION_FIELDS,
+    MAX_SIDE_PX,
     REGULARISATION_FIELD,
     SIDE_FIELDS,
     SIZE_FIELDS,
@@ -255,7 +256,12 @@ def _read_sizes(block: RecordBlock) -> np.ndarray:
             if value is not None and not sizes[at, 0]:
                 sizes[at] = read_size(value) or (0, 0)
     for names in SIDE_FIELDS:
-        for at, sides in enumerate(zip(*map(block.column, names), strict=True)):
+        columns = list(map(block.column, names))
+        if not sizes.any() and all(set(map(type, column)) == {int} for column in columns):
+            sides = np.array(columns)
+            if sides.dtype.kind == "i" and sides.min() > 0 and sides.max() < MAX_SIDE_PX:
+                return np.ascontiguousarray(sides.T, np.int32)
+        for at, sides in enumerate(zip(*columns, strict=True)):
             if None not in sides and not sizes[at, 0]:
                 sizes[at] = read_size(sides) or (0, 0)
     return sizes
