@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator, model_validator
 
+from sdxl_trainer.configs.about import AboutConfig
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.checkpoint import CheckpointConfig
 from sdxl_trainer.configs.engine import EngineConfig
@@ -421,4 +422,5 @@ class Config(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()  # pyright: ignore[reportCallIssue]
     validation: ValidationConfig = ValidationConfig()  # pyright: ignore[reportCallIssue]
     sample: SampleConfig = SampleConfig()  # pyright: ignore[reportCallIssue]
+    about: AboutConfig = AboutConfig()  # pyright: ignore[reportCallIssue]
     log: LogConfig = LogConfig()  # pyright: ignore[reportCallIssue]

@@ -1,6 +1,7 @@
 """Converts models: `python train/convert.py SOURCE TARGET`."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -20,6 +21,7 @@ DESCRIPTION = (
     "writes the difference of two models as a LoRA. A pickled file (.ckpt) becomes a .safetensors file with the same "
     "tensors."
 )
+OVERRIDE = re.compile(r"\w+(?:\.\w+)+=")  # of a setting, where the target may be left out
 EXAMPLES = (
     "%(prog)s runs/my my-model.safetensors",
     "%(prog)s runs/my/checkpoints/step-00005000 my-5000.safetensors --dtype fp16",
@@ -28,6 +30,7 @@ EXAMPLES = (
     "%(prog)s model.safetensors with-style.safetensors --adapter style.safetensors --strength 0.8",
     "%(prog)s tuned.safetensors difference.safetensors --base sd_xl_base_1.0.safetensors --rank 64 --conv-rank 16",
     "%(prog)s old.ckpt new.safetensors",
+    "%(prog)s runs/my my-model.safetensors --push me/my-model",
 )
 
 
@@ -42,7 +45,11 @@ def build_convert_parser() -> argparse.ArgumentParser:
         help="a checkpoint (step-… folder), a run folder (its newest one), a file or a folder",
     )
     parser.add_argument(
-        "target", type=parse_path, help="a name that ends in .safetensors, or a folder for diffusers layout"
+        "target",
+        type=parse_path,
+        nargs="?",
+        help="a name that ends in .safetensors, or a folder for diffusers layout; without it, --push and --card take "
+        "the source as it is",
     )
     parser.add_argument(
         "--dtype",
@@ -83,10 +90,22 @@ def build_convert_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of that LoRA's convolutions, with all layers of the residual blocks (0: attention blocks only)",
     )
+    add_sharing_options(parser)
     parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
     parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser
+
+
+def add_sharing_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the model card and of the upload."""
+    parser.add_argument(
+        "--push", metavar="NAME/MODEL", help="upload the model to this id of the Hugging Face hub, with a model card"
+    )
+    parser.add_argument("--private", action="store_true", help="make the repository of --push private if it is new")
+    parser.add_argument(
+        "--card", action="store_true", help="write the model card beside the model, to read or change before --push"
+    )
 
 
 def add_average_options(parser: argparse.ArgumentParser) -> None:
@@ -103,13 +122,28 @@ def add_average_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_options(arguments: list[str] | None) -> argparse.Namespace:
+    """Parse the command line. The target may be missing where the source is shared as it is."""
+    parser = build_convert_parser()
+    options = parser.parse_intermixed_args(arguments)
+    if options.target is not None and OVERRIDE.match(str(options.target)):
+        options.overrides.insert(0, str(options.target))
+        options.target = None
+    if options.target is None and not options.push and not options.card:
+        parser.error("the following arguments are required: target")
+    return options
+
+
 def main(arguments: list[str] | None = None) -> int:
-    """Parse the command line, convert, return the exit status (0 done, 1 failed, 2 wrong input)."""
-    options = build_convert_parser().parse_intermixed_args(arguments)
+    """Parse the command line, convert, share, return the exit status (0 done, 1 failed, 2 wrong input)."""
+    options = parse_options(arguments)
 
     def work() -> None:
         from sdxl_trainer.train.export.convert import Conversion, run_conversion
+        from sdxl_trainer.train.export.model_run import find_model_run
+        from sdxl_trainer.train.export.share import SharedRun, Sharing, run_sharing
 
+        sharing = Sharing(push=options.push, private=options.private, card=options.card)
         words = [*options.overrides, *([f"checkpoint.export_dtype={options.dtype}"] if options.dtype else [])]
         conversion = Conversion(
             average=options.ema,
@@ -123,7 +157,13 @@ def main(arguments: list[str] | None = None) -> int:
             conv_rank=options.conv_rank,
             overwrite=options.overwrite,
         )
-        run_conversion(options.source, options.target, options.cfg, words, conversion)
+
+        def convert() -> None:
+            if options.target is not None:
+                run_conversion(options.source, options.target, options.cfg, words, conversion)
+
+        run = find_model_run(options.source, options.ema, options.step)
+        run_sharing(options.source, options.target, SharedRun(run=run, cfg=options.cfg, words=words), sharing, convert)
 
     return run_program(work)
 

@@ -10,6 +10,7 @@ from sdxl_trainer.configs.schema import Config, OptimConfig, TrainConfig
 from sdxl_trainer.train.engine.block_offload import check_block_offload
 from sdxl_trainer.train.engine.deepspeed_config import check_engine, compute_batch_sizes
 from sdxl_trainer.train.engine.gradient_release import check_gradient_release
+from sdxl_trainer.train.export.about import check_about
 from sdxl_trainer.train.networks.adapters import check_adapters
 from sdxl_trainer.train.networks.fp8_linears import check_fp8
 from sdxl_trainer.train.networks.quantised_base import check_quantised_base
@@ -77,11 +78,12 @@ def find_micro_batch(train: TrainConfig, world_size: int) -> int | None:
 
 
 def check_run_settings(config: Config) -> Iterator[Problem]:
-    """Yield problems of the settings of logs, exported models, kept checkpoints and the contrastive loss."""
+    """Yield problems of the settings of logs, exported models, kept checkpoints, contrastive loss and thumbnail."""
     yield from check_wandb(config.log.wandb)
     yield from check_export_format(config)
     yield from check_keep_best(config)
     yield from check_contrast(config)
+    yield from check_about(config.about)
 
 
 def check_contrast(config: Config) -> Iterator[Problem]:

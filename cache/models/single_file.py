@@ -242,6 +242,7 @@ def build_modelspec(
         "date": date if isinstance(date, str) else date.replace(microsecond=0).isoformat(),
         "prediction_type": prediction_type,
         "timestep_range": f"{timestep_range[0]},{timestep_range[1]}",
+        "encoder_layer": "2",  # counted from the last: SDXL's encoders give their penultimate layer
         **{key: value for key, value in (about or {}).items() if value},
     }
     metadata = {f"modelspec.{key}": value for key, value in fields.items()}

@@ -9,8 +9,8 @@ ENCODERS = ("optim.text_encoder_lr", "optim.text_encoder_2_lr")
 FROZEN_UNET = {"match": r"^unet\.", "lr": 0}
 FREEZES = "a parameter group with learning rate 0 freezes the U-Net"
 MODEL_NOTES = (
-    "is not written; a model file contains title (`run.name`), date, resolution, prediction and timesteps, an adapter "
-    "file title, rank and alpha"
+    "is not written; a model file contains what `about` says, date, resolution, prediction and timesteps, an adapter "
+    "file rank and alpha too"
 )
 
 

@@ -8,7 +8,6 @@ import math
 
 from sdxl_trainer.configs.kohya.entries import (
     ENCODERS,
-    MODEL_NOTES,
     WHOLE,
     Option,
     built_in,
@@ -49,6 +48,7 @@ from sdxl_trainer.configs.kohya.values import (
     refuse_suffixes,
     requires,
     round_bucket_side,
+    split_commas,
 )
 
 # Defaults of kohya's scripts that differ from the defaults here.
@@ -66,7 +66,7 @@ BATCH = ("train.micro_batch_size", "train.global_batch_size")
 CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it uses those that are cached already"
 MEMORY = f"controls memory use in {TRAINER}; use ZeRO, offload and precision here (docs/PERFORMANCE.md)"
 PIXELS = "images are encoded before training, so their pixels cannot be changed during training"
-UPLOAD = "nothing is uploaded; upload the file afterwards"
+UPLOAD = "training uploads nothing; `train/convert.py --push` uploads the model afterwards, with a card"
 RESUME = f"starting the same command again resumes; states of {TRAINER} cannot be read"
 LOGS = "logs are in the run folder, as TensorBoard files and metrics.jsonl"
 
@@ -403,7 +403,11 @@ OUTPUT = {
         name: unsupported(RESUME)
         for name in ("resume", "resume_from_huggingface", "initial_epoch", "initial_step", "skip_until_initial_step")
     },
-    **{f"metadata_{name}": unsupported(MODEL_NOTES) for name in ("title", "author", "description", "license", "tags")},
+    **{
+        f"metadata_{name}": converted(as_text, f"about.{name}")
+        for name in ("title", "author", "description", "license", "trigger_phrase", "usage_hint", "thumbnail")
+    },
+    **{f"metadata_{name}": converted(split_commas, f"about.{name}") for name in ("tags", "merged_from")},
     **{
         f"huggingface_{name}": unsupported(UPLOAD)
         for name in ("repo_id", "repo_type", "path_in_repo", "token", "repo_visibility")

@@ -108,6 +108,11 @@ def as_list(value: Any, given: Given) -> list[str]:
     return [str(item) for item in value] if isinstance(value, (list, tuple)) else [str(value)]
 
 
+def split_commas(value: Any, given: Given) -> list[str]:
+    """Return names that a text or a list separates by commas."""
+    return [name.strip() for item in as_list(value, given) for name in item.split(",") if name.strip()]
+
+
 def refuse_suffixes(*suffixes: str, reason: str) -> Convert:
     """Return a conversion that rejects paths with one of these suffixes."""
 

@@ -13,7 +13,7 @@ from sdxl_trainer.configs.language.templates import Field, Part, format_template
 FOLDERS = ("configs", "launch", "data", "cache", "train")
 # Texts of documents, of files that other programs read, and of programs for developers.
 ELSEWHERE = (
-    *("configs/document.py", "configs/kohya/document.py", "configs/language/"),
+    *("configs/document.py", "configs/kohya/document.py", "configs/language/", "train/export/card.py"),
     *("train/estimates/gpus.py", "train/sampling/parameters.py", "train/tiny/pretraining.py"),
     *("train/tiny/tokenizer.py", "train/tiny/vae.py"),
 )

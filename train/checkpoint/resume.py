@@ -36,7 +36,7 @@ from sdxl_trainer.train.objective.loss_feedback import build_feedback_state
 
 # Settings that leave the weights unchanged except for rounding. A change of any other setting is reported. Settings
 # that name the data are harmless, because the fingerprint of the index identifies the data.
-HARMLESS_SECTIONS = ("checkpoint", "log", "sample", "validation")
+HARMLESS_SECTIONS = ("about", "checkpoint", "log", "sample", "validation")
 HARMLESS_KEYS = frozenset(
     {"run.name", "run.dir", "run.resume", "run.on_data_change"}
     | {"data.metadata", "data.image_dirs", "data.on_missing_caption", "data.verify_latents"}

@@ -1,1 +1,1 @@
-"""Model files: export of the model in training, and conversion of checkpoints and models."""
+"""Model files: export of the model in training, conversion of checkpoints and models, model cards and their upload."""

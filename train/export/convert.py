@@ -25,6 +25,7 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     read_declared_prediction,
 )
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
+from sdxl_trainer.train.export.about import check_about, read_about
 from sdxl_trainer.train.export.difference import ExtractedRanks, check_same_layers, write_difference
 from sdxl_trainer.train.export.export import (
     ExportSettings,
@@ -95,10 +96,11 @@ def run_conversion(
     config, problems = load_model_config(checkpoint, cfg, overrides)
     raise_if_any(problems)
     of_model = list(check_model(config.model)) or list(check_pair(config))
-    raise_if_any([*of_model, *check_average(checkpoint, conversion.average)])
+    raise_if_any([*of_model, *check_average(checkpoint, conversion.average), *check_about(config.about)])
+    about = {} if checkpoint else read_about(source)
     with explain_removal(checkpoint):
         trained = {} if checkpoint is None else open_weights(checkpoint, conversion.average)
-        convert_model(config, trained, target, conversion)
+        convert_model(config, trained, target, conversion, about=about)
 
 
 def convert_rebuilt_average(
@@ -118,9 +120,9 @@ def convert_rebuilt_average(
         cfg = run_folder / "config.yaml"
     config, problems = load_model_config(checkpoint, cfg, overrides)
     raise_if_any(problems)
-    raise_if_any(list(check_model(config.model)) or list(check_pair(config)))
+    raise_if_any([*(list(check_model(config.model)) or check_pair(config)), *check_about(config.about)])
     logger.info(rebuilt.describe())
-    convert_model(config, rebuilt.open_weights(), target, conversion, rebuilt.metadata)
+    convert_model(config, rebuilt.open_weights(), target, conversion, metadata=rebuilt.metadata)
 
 
 def convert_model(
@@ -128,15 +130,22 @@ def convert_model(
     trained: Mapping[str, Callable[[], torch.Tensor]],
     target: Path,
     conversion: Conversion,
+    *,
+    about: Mapping[str, str] = MappingProxyType({}),
     metadata: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write the model that the settings name to `target`.
 
     Args:
         trained: weights of a run that replace the model's, by the engine's names; adapters if the run trained such.
+        about: what the source says about itself, which the settings can replace.
         metadata: of a single file, besides what it always declares.
     """
-    settings = replace(build_export_settings(config, resolve_pair(config)), metadata=metadata)
+    settings = build_export_settings(config, resolve_pair(config))
+    merged = {"merged_from": ", ".join(list_merged_names(config, conversion))} if conversion.adapters else {}
+    title = about.get("title") if "name" not in config.run.model_fields_set and not config.about.title else None
+    about = {**about, **merged, **settings.about}
+    settings = replace(settings, title=title or settings.title, about=about, metadata=metadata)
     has_adapters = bool(trained and config.lora.rank)
     raise_if_any(check_adapter_target(target, has_adapters, conversion))
     if has_adapters and not conversion.merge:
@@ -157,6 +166,11 @@ def convert_model(
         write_difference(target, components, open_base(conversion.base, config, settings), ranks, settings)
         return
     write_components(target, components, settings)
+
+
+def list_merged_names(config: Config, conversion: Conversion) -> list[str]:
+    """Return the names of the model and of the files of adapters that are merged into it, without their folders."""
+    return [Path(path).name.removesuffix(".safetensors") for path in (config.model.path, *conversion.adapters)]
 
 
 def merge_files(

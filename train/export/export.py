@@ -30,6 +30,7 @@ from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, wait_for_ranks
 from sdxl_trainer.train.engine.engine import Engine
+from sdxl_trainer.train.export.about import describe_about
 from sdxl_trainer.train.networks.adapter_files import write_adapters
 from sdxl_trainer.train.objective.timesteps import resolve_shift
 from sdxl_trainer.train.sampling.parameters import name_step_file
@@ -51,6 +52,7 @@ class ExportSettings:
     dtype: torch.dtype
     title: str
     size: Size  # resolution that the file declares
+    about: Mapping[str, str] = field(default_factory=dict)  # what else a person says about it, by modelspec's keys
     metadata: Mapping[str, str] = field(default_factory=dict)  # of a single file, besides what it always declares
 
 
@@ -62,8 +64,9 @@ def build_export_settings(config: Config, source: ModelSource) -> ExportSettings
         objective=config.objective,
         lora=config.lora,
         dtype=EXPORT_DTYPES[config.checkpoint.export_dtype],
-        title=config.run.name,
+        title=config.about.title or config.run.name,
         size=Size(*config.data.largest_size),
+        about=describe_about(config.about),
     )
 
 
@@ -179,6 +182,7 @@ def build_metadata(settings: ExportSettings) -> dict[str, str]:
         datetime.now(timezone.utc),
         timestep_range=(objective.min_timestep, objective.max_timestep - 1),
         flow_shift=shift if objective.prediction == "flow" else None,
+        about={**settings.about, "title": settings.title},
     )
     return {**modelspec, **settings.metadata}
 

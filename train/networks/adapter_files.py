@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from sdxl_trainer.cache.models.single_file import HASH_KEY
 from sdxl_trainer.cache.models.single_file_check import NotSafetensorsError, read_safetensors_header
 from sdxl_trainer.cache.models.single_file_names import (
     COMPONENT_PREFIXES,
@@ -90,7 +91,8 @@ def write_adapter_tensors(path: Path, layers: Layers, dtype: torch.dtype, metada
                 TensorItem(name=f"{layer}.{part}", shape=shape, dtype=kind, pieces=(tensor,), piece_shape=shape)
             )
     # With the widest type first, every tensor is aligned to its item size.
-    write_safetensors(path, sorted(items, key=lambda item: (-item.dtype.itemsize, item.name)), metadata)
+    ordered = sorted(items, key=lambda item: (-item.dtype.itemsize, item.name))
+    write_safetensors(path, ordered, metadata, HASH_KEY)
 
 
 def build_adapter_metadata(config: LoraConfig) -> dict[str, str]:

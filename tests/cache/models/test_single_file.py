@@ -236,6 +236,7 @@ def test_metadata_and_hash(tmp_path, tiny_modules):
         "modelspec.date": "2025-01-02T03:04:05",
         "modelspec.prediction_type": "v",
         "modelspec.timestep_range": "0,999",
+        "modelspec.encoder_layer": "2",
         "modelspec.author": "somebody",
         "modelspec.tags": "a, b",
         "modelspec.hash_sha256": returned,
