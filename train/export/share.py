@@ -98,6 +98,7 @@ def share_model(model: Path, card_folder: Path, hub_id: str, private: bool) -> N
         address = push_files(hub_id, list_model_files(model) | files, title, private)
     except FailedError as error:
         raise FailedError(
-            f"{error}; {model} and its card are ready, so continue with: python train/convert.py {model} --push {hub_id}"
+            f"{error}; {model} and its card are ready, so continue with: "
+            f"python train/convert.py {model} --push {hub_id}"
         ) from error
     logger.info("shared at {}", address)
