@@ -12,12 +12,12 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.registry import known_implementations
@@ -25,6 +25,8 @@ from loguru import logger
 
 from sdxl_trainer.data.files import SeekableBytes, commit_file, open_temporary
 from sdxl_trainer.data.stores.streams import PIPE, UNKNOWN_BYTES, RefusedStreamError, copy_stream, is_streamed
+
+T = TypeVar("T")
 
 ATTEMPTS, DESCRIBE_ATTEMPTS = 8, 3
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 30.0
@@ -34,6 +36,7 @@ NUM_THREADS = 32
 SHARD_SUFFIX = ".tar"
 MIN_OBJECTS_TO_LIST = 32  # for fewer objects, each one is described without a listing of its folder
 VERSION_FIELDS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
+CHECKSUM_FIELDS = ("md5Hash", "content_md5", "ETag", "etag")
 # Errors of libraries that may not be installed. A library that is not loaded cannot have raised an error.
 FOREIGN_ERRORS = (
     ("aiohttp", "ClientError"),
@@ -50,6 +53,7 @@ PERMANENT_ERRORS = {
     "GoogleAuthError",
     "ParamValidationError",
 }
+EXPIRED = re.compile(r"\bexpired\b|ExpiredToken", re.IGNORECASE)  # in the message of an error
 
 _last_report = -REPORT_SECONDS  # time of the last line of `report_wait`
 
@@ -77,6 +81,7 @@ class StoredObject:
     url: str
     size: int  # UNKNOWN_BYTES for a stream
     version: str  # differs from the version of an earlier object with this URL
+    checksum: str = ""  # as the store names it, such as an ETag; "" if it names none
 
 
 def is_remote(name: str | Path) -> bool:
@@ -116,8 +121,8 @@ def find_objects(pattern: str) -> list[str]:
     try:
         with report_silence(pattern, lambda: 0):
             return sorted(store.unstrip_protocol(name) for name in store.glob(path))
-    except _list_error_classes() as error:
-        raise StoreError(f"{pattern}: {_describe(error)}") from error
+    except list_error_classes() as error:
+        raise StoreError(f"{pattern}: {describe_error(error)}") from error
 
 
 def describe_objects(urls: Sequence[str]) -> list[StoredObject | FileNotFoundError]:
@@ -184,11 +189,12 @@ def read_spans(spans: Sequence[RemoteSpan], attempts: int = ATTEMPTS) -> list[by
         pending = [number for number in pending if _is_transient(results[number])]
         if not pending:
             break
+        _renew_access(spans[pending[0]].url, results[pending[0]])
     for (url, offset, _), result in zip(spans, results, strict=True):
         if isinstance(result, NoRangesError):
             raise result
         if isinstance(result, Exception) and not isinstance(result, FileNotFoundError):
-            raise StoreError(f"{url} at byte {offset}: {_describe(result)}") from result
+            raise StoreError(f"{url} at byte {offset}: {describe_error(result)}") from result
     return results
 
 
@@ -207,13 +213,13 @@ def download(url: str, target: Path) -> None:
 def copy_object(url: str, file: Path) -> None:
     """Copy a whole object into a temporary file. Raises like `download`."""
     if is_streamed(url):
-        _call_with_retries(url, DESCRIBE_ATTEMPTS, lambda: copy_stream(url, file))
+        call_with_retries(url, DESCRIBE_ATTEMPTS, lambda: copy_stream(url, file))
         return
     [item] = describe_objects([url])
     if isinstance(item, FileNotFoundError):
         raise item
     store, path = open_store(url)
-    _call_with_retries(url, ATTEMPTS, lambda: store.get_file(path, str(file)))
+    call_with_retries(url, ATTEMPTS, lambda: store.get_file(path, str(file)))
     if (size := file.stat().st_size) != item.size:
         raise StoreError(f"{url}: received {size} of {item.size} bytes")
 
@@ -281,7 +287,7 @@ def _read_once(spans: Sequence[RemoteSpan]) -> list[Any]:
         ends = [spans[number].offset + spans[number].size for number in numbers]
         try:
             found = store.cat_ranges([paths[number] for number in numbers], starts, ends, on_error="return")
-        except _list_error_classes() as error:
+        except list_error_classes() as error:
             found = [error] * len(numbers)
         for number, result in zip(numbers, found, strict=True):
             results[number] = _verify_answer(result, spans[number])
@@ -302,34 +308,42 @@ def _describe_object(url: str) -> StoredObject | FileNotFoundError:
         return StoredObject(url, UNKNOWN_BYTES, "stream")  # only reading the stream would tell
     store, path = open_store(url)
     try:
-        fields = _call_with_retries(url, DESCRIBE_ATTEMPTS, lambda: store.info(path))
+        fields = call_with_retries(url, DESCRIBE_ATTEMPTS, lambda: store.info(path))
     except FileNotFoundError as error:
         return error
     if fields.get("type", "file") != "file" or fields.get("size") is None:
         return FileNotFoundError(errno.ENOENT, "not a file, or its size is unknown", url)
+    return build_stored_object(url, fields)
+
+
+def build_stored_object(url: str, fields: Mapping[str, Any]) -> StoredObject:
+    """Return an object from the fields by which fsspec describes it."""
     version = "|".join(str(fields[name]) for name in VERSION_FIELDS if fields.get(name) is not None)
-    return StoredObject(url, int(fields["size"]), f"{fields['size']}|{version}")
+    checksum = next((str(fields[name]).strip('"') for name in CHECKSUM_FIELDS if fields.get(name)), "")
+    return StoredObject(url, int(fields["size"]), f"{fields['size']}|{version}", checksum)
 
 
-def _call_with_retries(url: str, attempts: int, call: Callable[[], Any]) -> Any:
+def call_with_retries(url: str, attempts: int, call: Callable[[], T]) -> T:
     """Call a store and return the result. Repeat the call after a transient error.
 
     Raises:
         FileNotFoundError: the object does not exist.
+        FileExistsError: the object exists and must not.
         StoreError: the store denies access, or does not answer any of the attempts.
     """
     failure: Exception | None = None
     for _ in _iterate_attempts(attempts, url):
         try:
             return call()
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):
             raise
-        except _list_error_classes() as error:
+        except list_error_classes() as error:
             failure = error
             if not _is_transient(error):
                 break
+            _renew_access(url, error)
     assert failure is not None, "at least one attempt was made"
-    raise StoreError(f"{url}: {_describe(failure)}") from failure
+    raise StoreError(f"{url}: {describe_error(failure)}") from failure
 
 
 def _iterate_attempts(attempts: int, url: str) -> Iterator[int]:
@@ -350,7 +364,7 @@ def _list_folder(folder: str) -> None:
     store, path = open_store(folder)
     try:
         store.ls(path, detail=True)
-    except _list_error_classes():
+    except list_error_classes():
         return
 
 
@@ -358,6 +372,8 @@ def _is_transient(result: Any) -> bool:
     """Return whether a store's answer is an error that a retry may cure."""
     if not isinstance(result, Exception):
         return False
+    if _has_expired(result):
+        return True
     if isinstance(result, (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, StoreError)):
         return False
     if isinstance(result, RefusedStreamError):
@@ -368,13 +384,28 @@ def _is_transient(result: Any) -> bool:
     return not (isinstance(status, int) and 400 <= status < 500 and status not in (408, 429))
 
 
-def _list_error_classes() -> tuple[type[Exception], ...]:
-    """Return the classes of errors that reading from a store may raise."""
+def _has_expired(error: Exception) -> bool:
+    """Return whether a store refused credentials that were valid before."""
+    return isinstance(error, OSError) and EXPIRED.search(str(error)) is not None
+
+
+def _renew_access(url: str, error: Exception) -> None:
+    """Read the credentials of a store again if they have expired: a file or a service may give new ones by now."""
+    if not _has_expired(error):
+        return
+    store, _ = open_store(url)
+    if hasattr(store, "connect"):  # s3fs; others renew a token themselves
+        with suppress(*list_error_classes()):
+            store.connect(refresh=True)
+
+
+def list_error_classes() -> tuple[type[Exception], ...]:
+    """Return the classes of errors that a store may raise."""
     found = (getattr(sys.modules.get(module), name, None) for module, name in FOREIGN_ERRORS)
     return (OSError, TimeoutError, asyncio.TimeoutError, *(error for error in found if error))
 
 
-def _describe(error: Exception) -> str:
+def describe_error(error: Exception) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
