@@ -10,7 +10,7 @@ pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
 import s3fs  # noqa: E402
-from object_store import FAULTS, FaultyStore, Request, serve_store  # noqa: E402
+from servers.object_store import FAULTS, FaultyStore, Request, serve_store  # noqa: E402
 
 from sdxl_trainer.data.stores import remote, uploads  # noqa: E402
 from sdxl_trainer.data.stores.uploads import (  # noqa: E402
