@@ -29,7 +29,14 @@ from sdxl_trainer.data.metadata.sources import (
     parse_table_rows,
     read_metadata_file,
 )
-from sdxl_trainer.data.metadata.values import SIDE_FIELDS, TEXT_FIELDS, VALUE_READERS, RefusedValues, is_missing, is_refused
+from sdxl_trainer.data.metadata.values import (
+    SIDE_FIELDS,
+    TEXT_FIELDS,
+    VALUE_READERS,
+    RefusedValues,
+    is_missing,
+    is_refused,
+)
 
 FIELDS = tuple(VALUE_READERS)
 SIDE_NAMES = set(chain.from_iterable(SIDE_FIELDS))
