@@ -57,6 +57,16 @@ def build_convert_parser() -> argparse.ArgumentParser:
         help="of the weights (checkpoint.export_dtype of the settings, else fp16)",
     )
     add_average_options(parser)
+    add_adapter_options(parser)
+    add_sharing_options(parser)
+    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
+    parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
+    return parser
+
+
+def add_adapter_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that merge adapters into a model, and take adapters from two models."""
     parser.add_argument(
         "--merge", action="store_true", help="write the base model with the adapters of a LoRA run merged into it"
     )
@@ -90,11 +100,6 @@ def build_convert_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of that LoRA's convolutions, with all layers of the residual blocks (0: attention blocks only)",
     )
-    add_sharing_options(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
-    parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
-    return parser
 
 
 def add_sharing_options(parser: argparse.ArgumentParser) -> None:
