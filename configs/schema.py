@@ -9,9 +9,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, ValidationInfo, field_validator, model_validator
 
-from sdxl_trainer.configs.about import AboutConfig
 from sdxl_trainer.configs.captions import CaptionConfig
-from sdxl_trainer.configs.checkpoint import CheckpointConfig
+from sdxl_trainer.configs.checkpoint import AboutConfig, CheckpointConfig
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig

@@ -1,4 +1,4 @@
-"""What a model file says about its model: the keys of modelspec that a person decides, and the thumbnail."""
+"""Facts about a model for its file: the keys of modelspec that a person decides, and the thumbnail."""
 
 import base64
 import io
@@ -9,7 +9,7 @@ from loguru import logger
 from PIL import Image, ImageOps
 from safetensors import SafetensorError, safe_open
 
-from sdxl_trainer.configs.about import AboutConfig
+from sdxl_trainer.configs.checkpoint import AboutConfig
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.files import open_stream
 

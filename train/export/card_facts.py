@@ -1,4 +1,4 @@
-"""What a model card tells of a model: read from the model file and from the folder of its run."""
+"""Facts for a model card, read from the model file and from the folder of its run."""
 
 import shutil
 from collections.abc import Mapping
