@@ -21,13 +21,14 @@ from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.validation import ValidationConfig
 
 DEFAULT_STEPS = 1000  # of a run without train.max_steps and train.max_epochs
+NAME_PATTERN = r"^\.*[\w\-][\w.\-]*$"  # of a run, which names a folder
 MAX_EMA_LENGTH = 0.28  # that of equal weights for all steps is 1/sqrt(12), 0.289
 
 
 class RunConfig(Section):
     """Name, folder and seed of a run, and what happens when it is started again."""
 
-    name: str = Field("run", min_length=1, pattern=r"^\.*[\w\-][\w.\-]*$")
+    name: str = Field("run", min_length=1, pattern=NAME_PATTERN)
     """Name of the run. The run folder is `<run.dir>/<run.name>`."""
     dir: Path = Path("runs")
     """Folder that contains the run folders."""

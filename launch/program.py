@@ -98,7 +98,7 @@ def build_parser(
     return parser
 
 
-def run_program(work: Callable[[], None]) -> int:
+def run_program(work: Callable[[], None], resumes: bool = False) -> int:
     """Run `work` and return the exit status.
 
     0: done. 1: failed. 2: the user's input is wrong. 128 + signal: stopped on request, and
@@ -106,12 +106,15 @@ def run_program(work: Callable[[], None]) -> int:
 
     An error of storage or memory is explained in one line (launch/failures.py), and its traceback goes to the log file.
     Any other exception propagates: Python prints its traceback and exits with 1.
+
+    Args:
+        resumes: the same command continues a work that a signal ended at any place.
     """
     status = STATUS_FAILED
     record_status(status)  # holds if the process is killed
     prepare_process()
     try:
-        status = _run(work)
+        status = _run(work, resumes)
     finally:
         if status != STATUS_DONE:
             _announce_failure(status)
@@ -145,9 +148,9 @@ def _is_news(record: logging.LogRecord) -> bool:
     return "Setting accelerator to CPU" not in record.getMessage()
 
 
-def _run(work: Callable[[], None]) -> int:
+def _run(work: Callable[[], None], resumes: bool) -> int:
     try:
-        with exit_on_signals():
+        with exit_on_signals(resumes):
             work()
     except UserInputError as error:
         if _is_rank_zero():

@@ -143,9 +143,14 @@ class StopRequest:
 
 
 @contextmanager
-def exit_on_signals() -> Iterator[None]:
-    """End the process at once on a stop signal, with its exit status, until a StopRequest handles signals."""
-    before = {number: signal.signal(number, _exit_before_work) for number in list_stop_signals()}
+def exit_on_signals(resumes: bool = False) -> Iterator[None]:
+    """End the process at once on a stop signal, with its exit status, until a StopRequest handles signals.
+
+    Args:
+        resumes: the same command continues the work; without it, the work begins again.
+    """
+    handler = _exit_within_work if resumes else _exit_before_work
+    before = {number: signal.signal(number, handler) for number in list_stop_signals()}
     try:
         yield
     finally:
@@ -180,10 +185,18 @@ def _leave_terminal() -> None:
 
 
 def _exit_before_work(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    _exit_with(number, f"stopped by {name}; the same command starts again")
+
+
+def _exit_within_work(number: int, frame: FrameType | None) -> None:
+    name = signal.Signals(number).name
+    _exit_with(number, f"stopped by {name}; what is done is kept; the same command resumes")
+
+
+def _exit_with(number: int, message: str) -> None:
     clear_status()
     if int(os.environ.get("RANK", 0)) == 0:
-        name = signal.Signals(number).name
         with suppress(OSError):
-            message = translate(f"stopped by {name}; the same command starts again")
-            os.write(2, f"\n{message}\n".encode(errors="backslashreplace"))
+            os.write(2, f"\n{translate(message)}\n".encode(errors="backslashreplace"))
     os._exit(128 + number)

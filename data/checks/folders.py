@@ -7,6 +7,18 @@ from pathlib import Path
 from sdxl_trainer.configs.problems import Problem
 
 
+def check_writable_file(key: str, file: Path) -> Iterator[Problem]:
+    """Yield a problem if a file cannot be written. It may exist, and then it is replaced.
+
+    Args:
+        key: the setting or option that names the file.
+    """
+    if file.is_dir():
+        yield Problem(key, file, "is a folder", "give the name of a file")
+        return
+    yield from check_writable(key, file.parent)
+
+
 def check_writable(key: str, folder: Path) -> Iterator[Problem]:
     """Yield a problem if files cannot be written into a folder, which may not exist yet.
 

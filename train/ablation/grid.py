@@ -7,9 +7,15 @@ from itertools import product
 from typing import NamedTuple
 
 from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
+from sdxl_trainer.configs.renames import rename_key
 
+NO_EFFECT = "changes nothing that a run learns, so all runs would be equal"
 FORBIDDEN = {
     "run.": "belongs to the ablation itself",
+    "log.": NO_EFFECT,
+    "checkpoint.": NO_EFFECT,
+    "sample.": NO_EFFECT,
+    "ema.": "changes only the moving averages, and an ablation compares the weights: sdxl-trainer compare --average",
     "validation.": "must be the same in all runs, or they cannot be compared",
     "train.max_steps": "must be the same in all runs",
     "train.max_epochs": "must be the same in all runs",
@@ -54,7 +60,7 @@ def parse_variations(words: Sequence[str]) -> list[Variation]:
     for word in words:
         key, equals, text = word.partition("=")
         values = tuple(split_values(text))
-        reason = next((why for prefix, why in FORBIDDEN.items() if key.startswith(prefix)), "")
+        reason = next((why for prefix, why in FORBIDDEN.items() if rename_key(key).startswith(prefix)), "")
         if not equals or not key:
             problems.append(Problem("--vary", word, "is not a setting with its values", "write key.sub=A,B"))
         elif reason:

@@ -1,14 +1,16 @@
 """The plan of an ablation: its folder, and the settings of each run, all checked before the first one begins."""
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.problems import Problem, raise_if_any
-from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.train.ablation.grid import GridArm, build_arms, parse_variations
+from sdxl_trainer.configs.renames import rename_key
+from sdxl_trainer.configs.schema import NAME_PATTERN, Config
+from sdxl_trainer.train.ablation.grid import GridArm, Variation, build_arms, parse_variations
 from sdxl_trainer.train.evidence.runs import NEUTRAL_SETTINGS
 from sdxl_trainer.train.report.run_status import FINISHED, STATUS_FILE, read_status
 from sdxl_trainer.train.report.settings import flatten_settings, read_settings
@@ -93,8 +95,10 @@ def plan_runs(request: Request, num_ranks: int) -> Plan:
         UserInputError: the grid, the settings of an arm, or an existing folder is wrong.
     """
     base, problems = load_config(request.cfg, request.overrides)
-    raise_if_any([*problems, *check_validation(base)])
-    arms = build_arms(parse_variations(request.vary), request.baseline)
+    raise_if_any([*problems, *check_validation(base), *check_name(request.name)])
+    variations = parse_variations(request.vary)
+    raise_if_any(check_overrides(variations, request.overrides))
+    arms = build_arms(variations, request.baseline)
     folder = base.run.dir / (request.name or f"{base.run.name}-ablation")
     common = [*request.overrides, f"run.dir={json.dumps(str(folder), ensure_ascii=False)}", "run.resume=auto"]
     if request.budget_steps:
@@ -114,12 +118,45 @@ def plan_runs(request: Request, num_ranks: int) -> Plan:
         config, problems = load_config(request.cfg, run.words)
         if run.seed == base.run.seed and not problems:  # the seeds of an arm have the same problems
             problems = list(check_settings(config, num_ranks))
-        found += [replace(problem, key=f"{run.arm.label}: {problem.key}") for problem in problems]
+        of_arm = [replace(problem, key=f"{run.arm.label}: {problem.key}") for problem in problems]
+        found += [problem for problem in of_arm if problem not in found]
         configs[run.folder] = config
-    raise_if_any(dict.fromkeys(found))
+    raise_if_any(found or check_different(arms, [configs[run.folder] for run in runs[: len(arms)]]))
     raise_if_any(problem for run in runs for problem in check_folder(run, configs[run.folder]))
     num_steps = request.budget_steps or base.train.max_steps
     return Plan(cfg=request.cfg, folder=folder, arms=arms, runs=runs, num_steps=num_steps)
+
+
+def check_name(name: str) -> Iterator[Problem]:
+    """Yield a problem if a name is no name of a folder in `run.dir`."""
+    if name and not re.fullmatch(NAME_PATTERN, name):
+        rule = "is not a name of a folder: letters, digits, . _ and -, and no other folder"
+        yield Problem("--name", name, rule, "choose a name; run.dir=FOLDER chooses the folder that contains it")
+
+
+def check_overrides(variations: Sequence[Variation], overrides: Sequence[str]) -> Iterator[Problem]:
+    """Yield a problem for each word that gives one value to a setting that varies."""
+    varied = {rename_key(variation.key) for variation in variations}
+    for word in overrides:
+        if rename_key(word.partition("=")[0]) in varied:
+            rule = "is a setting that varies, whose values --vary lists"
+            yield Problem("key.sub=value", word, rule, "leave it out; --baseline chooses the value to compare with")
+
+
+def check_different(arms: Sequence[GridArm], configs: Sequence[Config]) -> Iterator[Problem]:
+    """Yield a problem for arms whose settings are equal, such as two spellings of one number.
+
+    Args:
+        configs: of the arms, with one seed.
+    """
+    names: dict[str, str] = {}
+    for arm, config in zip(arms, configs, strict=True):
+        settings = flatten_settings(config.model_dump(mode="json"))
+        learned = json.dumps([pair for pair in settings if not pair[0].startswith(NEUTRAL_SETTINGS)])
+        if learned in names:
+            rule = f"needs two different values or more: its settings are those of {names[learned]}"
+            yield Problem("--vary", arm.label, rule, "leave one of the two out")
+        names.setdefault(learned, arm.label)
 
 
 def check_validation(config: Config) -> Iterator[Problem]:

@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -15,8 +15,8 @@ from sdxl_trainer.launch.signals import StopRequest
 from sdxl_trainer.train.ablation.hopeless import describe_hopeless, find_diverged
 from sdxl_trainer.train.ablation.plan import Plan, PlannedRun, Request, plan_runs
 from sdxl_trainer.train.ablation.training import Training
-from sdxl_trainer.train.evidence.comparison import Comparison, Options
-from sdxl_trainer.train.evidence.printing import align_rows, compare_folders, write_lines
+from sdxl_trainer.train.evidence.comparison import Comparison, Options, RunCurve
+from sdxl_trainer.train.evidence.printing import align_rows, compare_folders, measure_folders, write_lines
 from sdxl_trainer.train.evidence.text import format_share
 
 PAGE = "comparison.html"  # in the ablation's folder
@@ -81,12 +81,18 @@ def finish(plan: Plan, training: Training) -> None:
         if diverged := find_diverged(run.folder):
             training.hopeless[run.arm.name] = diverged
     done = [run for run in done if run.arm.name not in training.hopeless]
-    comparison = None
-    if len({run.arm.name for run in done}) > 1:
+    comparison, curves, num_arms = None, [], len({run.arm.name for run in done})
+    if num_arms > 1:
         page = plan.folder / PAGE
         comparison = compare_folders([run.folder for run in done], Options(groups={}), page)
+        curves = comparison.curves
         sys.stdout.write("".join(f"{line}\n" for line in write_lines(comparison)) + f"\n{page}\n")
-    rows = [[translate_label(heading) for heading in HEADINGS], *list_rows(plan, training, done, comparison)]
+    else:
+        curves = measure_folders([run.folder for run in done], Options(groups={})) if done else []
+        count = format_count(num_arms, "arm")
+        message = f"no comparison and no {PAGE}: they need two arms that are not hopeless, and {count} finished"
+        sys.stdout.write(f"{translate(message)}\n")
+    rows = [[translate_label(heading) for heading in HEADINGS], *list_rows(plan, training, done, comparison, curves)]
     sys.stdout.write("\n" + "".join(f"{line}\n" for line in align_rows(rows)))
     for arm in plan.arms:
         if arm.name in training.hopeless:
@@ -100,11 +106,15 @@ def finish(plan: Plan, training: Training) -> None:
 
 
 def list_rows(
-    plan: Plan, training: Training, done: list[PlannedRun], comparison: Comparison | None
+    plan: Plan,
+    training: Training,
+    done: Sequence[PlannedRun],
+    comparison: Comparison | None,
+    all_curves: Sequence[RunCurve],
 ) -> Iterator[list[str]]:
     """Yield the line of each arm in the table: the baseline first, then from the lowest error to the highest."""
     judged = {arm.arm: arm for arm in comparison.arms} if comparison else {}
-    last = {curve.run: curve for curve in comparison.curves} if comparison else {}
+    last = {curve.run: curve for curve in all_curves}
 
     def find(arm: str) -> list[Path]:
         return [run.folder for run in done if run.arm.name == arm]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 
-from sdxl_trainer.configs.problems import FailedError
+from sdxl_trainer.configs.problems import FailedError, describe_seconds
 from sdxl_trainer.data.files import read_regular, write_atomic
 from sdxl_trainer.launch.program import announce
 from sdxl_trainer.launch.signals import StopRequest
@@ -42,6 +42,7 @@ class Job:
     process: subprocess.Popen
     console: Path
     shown: float  # time of the last progress line
+    first_share: float  # of its steps that were done when it was started
     num_judged: int = 0  # validations at the last judgement
 
 
@@ -57,6 +58,8 @@ class Training:
     def __init__(self, plan: Plan, devices: Sequence[str | None], keep_hopeless: bool, stop: StopRequest):
         self._plan, self._keep_hopeless, self._stop = plan, keep_hopeless, stop
         self._jobs: dict[str | None, Job] = {}
+        self._waiting: list[tuple[int, PlannedRun]] = []
+        self._started, self._trained = time.monotonic(), 0.0  # runs' worth of steps of jobs that have ended
         self._devices = devices
         self._file = plan.folder / STATE_FILE
         if keep_hopeless:
@@ -71,15 +74,15 @@ class Training:
             Interrupted: the user asked to stop; the runs at work are saved.
             FailedError: a run refused its settings or data, which the other runs share.
         """
-        waiting = [
+        self._waiting = [
             (number, run) for number, run in enumerate(self._plan.runs, 1) if not run.is_finished(self._plan.num_steps)
         ]
         try:
-            while waiting or self._jobs:
-                waiting = [(number, run) for number, run in waiting if run.arm.name not in self.hopeless]
+            while self._waiting or self._jobs:
+                self._waiting = [(number, run) for number, run in self._waiting if run.arm.name not in self.hopeless]
                 for device in self._devices:
-                    if waiting and device not in self._jobs:
-                        self._start(*waiting.pop(0), device)
+                    if self._waiting and device not in self._jobs:
+                        self._start(*self._waiting.pop(0), device)
                 self._stop.raise_if_received()
                 time.sleep(POLL_SECONDS)
                 for device, job in list(self._jobs.items()):
@@ -97,8 +100,16 @@ class Training:
             process = subprocess.Popen(
                 command, env=environment, stdout=output, stderr=output, stdin=subprocess.DEVNULL, start_new_session=True
             )
-        self._jobs[device] = Job(run=run, number=number, process=process, console=console, shown=time.monotonic())
+        self._jobs[device] = Job(
+            run=run,
+            number=number,
+            process=process,
+            console=console,
+            shown=time.monotonic(),
+            first_share=read_share(run),
+        )
         announce(f"run {number} of {len(self._plan.runs)}: {run.label}; its output is in {console}")
+        self._show_rest()
 
     def _attend(self, device: str | None, job: Job) -> None:
         """Take note of what a job has done."""
@@ -112,6 +123,7 @@ class Training:
                 self._show_progress(job)
             return
         del self._jobs[device]
+        self._trained += read_share(job.run) - job.first_share
         if status == STATUS_DONE or job.run.arm.name in self.hopeless:
             return
         tail = "\n".join(job.console.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
@@ -144,6 +156,33 @@ class Training:
         status = read_status(job.run.folder / "logs" / STATUS_FILE)
         if status is not None and status.max_steps:
             announce(f"run {job.number} of {len(self._plan.runs)}: step {status.step} of {status.max_steps}")
+            self._show_rest()
+
+    def _show_rest(self) -> None:
+        """Print the time that the other steps of all runs take, at the pace since the start."""
+        shares = [(read_share(job.run), job.first_share) for job in self._jobs.values()]
+        trained = self._trained + sum(share - first for share, first in shares)
+        seconds = estimate_rest(time.monotonic() - self._started, trained, len(self._waiting), [s for s, _ in shares])
+        if seconds is not None:
+            announce(f"about {describe_seconds(seconds)} left for the runs that are not finished")
+
+
+def read_share(run: PlannedRun) -> float:
+    """Return the share of a run's steps that it has made, 0 to 1."""
+    status = read_status(run.folder / "logs" / STATUS_FILE)
+    return min(1.0, status.step / status.max_steps) if status is not None and status.max_steps else 0.0
+
+
+def estimate_rest(elapsed_seconds: float, trained: float, num_waiting: int, shares: Sequence[float]) -> float | None:
+    """Return the seconds that the other steps take at the pace so far; None before the first step.
+
+    Args:
+        trained: steps since the start, in whole runs.
+        num_waiting: runs that are not begun.
+        shares: of the steps that each run at work has made.
+    """
+    rest = num_waiting + sum(1 - share for share in shares)
+    return rest * elapsed_seconds / trained if trained > 0 and rest > 0 else None
 
 
 def read_state(file: Path) -> State:

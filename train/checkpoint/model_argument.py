@@ -3,8 +3,9 @@
 import json
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -64,6 +65,14 @@ def find_model_checkpoint(path: Path, option: str) -> Path | None:
         rule = "is a run folder without a complete checkpoint"
         raise UserInputError([Problem(option, path, rule, "give another run folder or a model file")])
     return newest
+
+
+def name_option(problems: Iterable[Problem], option: str, model: str) -> list[Problem]:
+    """Return the problems of a model that an option names, with the option in place of `model.path`."""
+    return [
+        replace(problem, key=option) if problem.key == "model.path" and problem.value in (model, None) else problem
+        for problem in problems
+    ]
 
 
 @contextmanager

@@ -4,12 +4,13 @@ The first question is about the weights at hand: samples are what varies (bootst
 training again: seeds vary too, so its variance is that between seeds plus that between samples.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from sdxl_trainer.configs.problems import Problem, UserInputError
+from sdxl_trainer.configs.problems import Problem, UserInputError, format_count
 from sdxl_trainer.train.evidence.grid_contrasts import Contrast, find_contrasts
 from sdxl_trainer.train.evidence.pairing import SharedErrors, choose_steps, share_errors
 from sdxl_trainer.train.evidence.runs import Arm, Axis, EvidenceRun, form_arms, list_differences
@@ -27,6 +28,7 @@ from sdxl_trainer.train.held_out.sample_errors import NUM_BINS, WEIGHTS, name_bi
 
 BETTER, WORSE, UNDECIDED = "better", "worse", "undecided"
 MIN_SEEDS = 3  # of each arm
+OTHER_GROUP = "other"  # of samples that --groups does not name
 MAX_SEEDS, MAX_SAMPLES = 100, 1_000_000  # that are asked for
 
 
@@ -147,7 +149,7 @@ def compare_runs(runs: Sequence[EvidenceRun], options: Options) -> Comparison:
     shared = share_errors(tables, names, options.error, options.average)
     base, *others = [(arm, np.array([runs.index(run) for run in arm.runs])) for arm in arms]
     compared = [compare_arms(base, other, shared, options.groups) for other in others]
-    notes = list(shared.notes)
+    notes = [*shared.notes, *list_omissions(shared, options.groups)]
     if len(others) and all(run.learned_by == runs[0].learned_by for run in runs):
         notes.append("the runs differ in no setting but their seeds: only their weights are compared")
     if len(set(steps)) > 1:
@@ -182,7 +184,7 @@ def compare_arms(
         columns = [np.where(np.array(names) == kind, means, np.nan) for kind in kinds]
         return describe_differences(kinds, np.stack(columns, axis=-1)) if len(kinds) > 1 else []
 
-    captions = [groups.get(sample.key, "other") for sample in shared.samples] if groups else []
+    captions = [groups.get(sample.key, OTHER_GROUP) for sample in shared.samples] if groups else []
     return ArmComparison(
         arm=other[0].label,
         setting=judge_setting(by_seed[0], by_seed[1], means[1] - means[0], is_paired=same_seeds),
@@ -192,6 +194,27 @@ def compare_arms(
         by_source=split([str(source) for source in shared.sources]),
         by_group=split(captions),
     )
+
+
+def list_omissions(shared: SharedErrors, groups: Mapping[str, str]) -> Iterator[str]:
+    """Yield which tables and lines are missing, and why: groups that no sample belongs to, and those of one sample."""
+    keys = {sample.key for sample in shared.samples}
+    if groups and not keys & groups.keys():
+        yield f"--groups names {format_count(len(groups), 'key')}, and no compared sample has one of them"
+        groups = {}
+    in_bins = np.isfinite(shared.errors[0]).sum(axis=0).tolist()
+    kinds = {
+        "noise level": [name_bin(number) for number, count in enumerate(in_bins) for _ in range(count)],
+        "bucket": [sample.bucket for sample in shared.samples],
+        "entry of the metadata": [str(source) for source in shared.sources],
+        "caption group": [groups.get(sample.key, OTHER_GROUP) for sample in shared.samples] if groups else [],
+    }
+    for kind, names in kinds.items():
+        counts = Counter(names)
+        if kind == "caption group" and len(counts) == 1:
+            yield f"there is no table by caption group: all samples belong to the group {names[0]}"
+        elif len(counts) > 1 and (alone := sorted(name for name, count in counts.items() if count == 1)):
+            yield f"without a line, because they have one sample: {kind} {', '.join(alone)}"
 
 
 def judge_effects(runs: Sequence[EvidenceRun], contrasts: Sequence[Contrast], shared: SharedErrors) -> list[Effect]:

@@ -78,13 +78,16 @@ def share_errors(tables: Sequence[ErrorTable], names: Sequence[str], error: str,
     seeds = [table.facts.seed for table in tables]
     if len(set(seeds)) > 1:
         values = ", ".join(f"{name}: {seed}" for name, seed in zip(names, seeds, strict=True))
-        raise _refuse("validation.seed", values, "differs: noise and timesteps of the runs are not the same")
+        rule = "differs: noise and timesteps of the runs are not the same"
+        raise _refuse("validation.seed", values, rule, "compare runs with the same validation.seed")
+    _verify_average(tables, names, average)
     read = [_read_cells(table, name, error, average) for table, name in zip(tables, names, strict=True)]
     known = [set(found) for _, found in read]
     in_all, notes = set.intersection(*known), []
     in_any = set.union(*known)
     if not in_all:
-        raise _refuse("RUN_FOLDER", ", ".join(names), "have no validation sample in common")
+        cure = "compare runs with the same validation set"
+        raise _refuse("RUN_FOLDER", ", ".join(names), "have no validation sample in common", cure)
     if len(in_all) < len(in_any):
         notes.append(
             f"compared on {len(in_all):,} of {format_count(len(in_any), 'sample')}: the others are not in all runs"
@@ -94,9 +97,8 @@ def share_errors(tables: Sequence[ErrorTable], names: Sequence[str], error: str,
         sample for sample, found in powers.items() if max(found) - min(found) <= LATENT_TOLERANCE * max(found)
     )
     if not same:
-        raise _refuse(
-            "cache", ", ".join(names), "holds other latents in each run: another VAE, or other latent statistics"
-        )
+        rule = "holds other latents in each run: another VAE, or other latent statistics"
+        raise _refuse("cache", ", ".join(names), rule, "compare runs of one VAE with equal settings of its latents")
     if len(same) < len(in_all):
         notes.append(
             f"{format_count(len(in_all) - len(same), 'sample')} left out, whose latents differ between the runs"
@@ -107,8 +109,10 @@ def share_errors(tables: Sequence[ErrorTable], names: Sequence[str], error: str,
     errors[:, np.isnan(errors).any(axis=0)] = np.nan
     has_any = ~np.isnan(errors[0]).all(axis=1)
     if not has_any.any():
-        raise _refuse("objective", ", ".join(names), "leads to no noise level that all runs were validated at")
-    if not _have_equal_timesteps(tables):
+        cure = "compare runs whose timesteps reach the same noise levels, or raise validation.timesteps_per_sample"
+        rule = "leads to no noise level that all runs were validated at"
+        raise _refuse("objective", ", ".join(names), rule, cure)
+    if not _have_equal_timesteps(tables, set(same), average):
         notes.append("the runs were validated at other timesteps; they are compared by noise level, not noise by noise")
     samples = [sample for sample, is_kept in zip(same, has_any.tolist(), strict=True) if is_kept]
     return SharedErrors(samples, _list_sources(tables[0], samples), errors[:, has_any], notes)
@@ -125,9 +129,6 @@ def _read_cells(
     """Return the mean error of each sample in each bin, and the mean square of each sample's latents."""
     columns = table.columns
     chosen = columns["average"] == average
-    if not chosen.any():
-        known = ", ".join(sorted(set(columns["average"].tolist())))
-        raise _refuse("--average", average, f"is not among the weights that {name} was validated with: {known}")
     if has_diverged(table, average):
         rule = "has diverged: no error of its validation is a finite number"
         raise UserInputError([Problem("RUN_FOLDER", name, rule, "leave it out")])
@@ -148,13 +149,28 @@ def _list_sources(table: ErrorTable, samples: Sequence[Sample]) -> list[int]:
     return [sources[sample] for sample in samples]
 
 
-def _have_equal_timesteps(tables: Sequence[ErrorTable]) -> bool:
-    first, *others = (
-        {*zip(*(t.columns[name].tolist() for name in ("key", "turn", "log_snr")), strict=True)} for t in tables
-    )
+def _verify_average(tables: Sequence[ErrorTable], names: Sequence[str], average: str) -> None:
+    """Raise UserInputError if a run was not validated with an average; name those that all runs have."""
+    known = [set(table.columns["average"].tolist()) for table in tables]
+    shared = ", ".join(sorted(set.intersection(*known)))
+    for name, found in zip(names, known, strict=True):
+        if average not in found:
+            rule = f"is not among the weights that {name} was validated with: {', '.join(sorted(found))}"
+            cure = "train with ema.decays or ema.lengths"
+            raise _refuse("--average", average, rule, f"choose one of {shared}, or {cure}" if shared else cure)
+
+
+def _have_equal_timesteps(tables: Sequence[ErrorTable], samples: set[Sample], average: str) -> bool:
+    """Return whether the samples that are compared have the same timesteps in all runs."""
+
+    def list_lines(table: ErrorTable) -> set[tuple[Sample, int, float]]:
+        columns = [table.columns[name].tolist() for name in (*IDENTITY, "turn", "log_snr", "average")]
+        lines = [(Sample(*line[:3]), *line[3:5]) for line in zip(*columns, strict=True) if line[5] == average]
+        return {line for line in lines if line[0] in samples}
+
+    first, *others = map(list_lines, tables)
     return all(other == first for other in others)
 
 
-def _refuse(key: str, value: str, rule: str) -> UserInputError:
-    cure = "compare runs with the same validation set, validation.seed and latents"
+def _refuse(key: str, value: str, rule: str, cure: str) -> UserInputError:
     return UserInputError([Problem(key, value, rule, cure)])

@@ -3,16 +3,19 @@
 import argparse
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
 
 from sdxl_trainer.configs.language.translate import translate, translate_label
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
-from sdxl_trainer.data.files import read_regular
-from sdxl_trainer.train.evidence.comparison import Comparison, Options, compare_runs
+from sdxl_trainer.data.checks.folders import check_writable_file
+from sdxl_trainer.data.files import open_temporary, read_regular
+from sdxl_trainer.train.evidence.comparison import Comparison, Options, RunCurve, compare_runs, draw_curves
 from sdxl_trainer.train.evidence.page import write_page
-from sdxl_trainer.train.evidence.runs import check_runs, open_runs
+from sdxl_trainer.train.evidence.pairing import choose_steps
+from sdxl_trainer.train.evidence.runs import check_runs, form_arms, open_runs
 from sdxl_trainer.train.evidence.text import (
     EFFECT_HEADINGS,
     EFFECTS_TITLE,
@@ -37,12 +40,10 @@ def print_comparison(arguments: argparse.Namespace, page: Path) -> None:
         UserInputError: the runs cannot be compared, or a file of theirs is damaged.
         OSError: the page cannot be written.
     """
-    options = Options(
-        axis=arguments.at,
-        error=arguments.error,
-        average=arguments.average,
-        groups=read_groups(arguments.groups) if arguments.groups else {},
-    )
+    groups, problems = read_groups(arguments.groups) if arguments.groups else ({}, [])
+    raise_if_any([*check_runs(arguments.folders), *problems, *check_page(page, arguments.out is not None)])
+    create_place(page)
+    options = Options(axis=arguments.at, error=arguments.error, average=arguments.average, groups=groups)
     comparison = compare_folders(arguments.folders, options, page)
     if arguments.json:
         sys.stdout.write(msgspec.json.format(msgspec.json.encode(comparison)).decode() + "\n")
@@ -59,27 +60,62 @@ def compare_folders(folders: Sequence[Path], options: Options, page: Path) -> Co
     """
     raise_if_any(check_runs(folders))
     runs = open_runs(folders)
-    try:
+    with _name_damage():
         comparison = compare_runs(runs, options)
-    except ValueError as error:
-        if isinstance(error, UserInputError):
-            raise
-        raise UserInputError([Problem("RUN_FOLDER", None, str(error), "delete the damaged file")]) from error
     write_page(comparison, runs, page)
     return comparison
 
 
-def read_groups(file: Path) -> dict[str, str]:
-    """Read the caption groups of keys.
+def measure_folders(folders: Sequence[Path], options: Options) -> list[RunCurve]:
+    """Return the errors of runs that there is nothing to compare with. Raises UserInputError for damaged files."""
+    runs = open_runs(folders)
+    with _name_damage():
+        return draw_curves(runs, form_arms(runs), choose_steps(runs, options.axis), options)
 
-    Raises:
-        UserInputError: the file cannot be read.
-    """
+
+@contextmanager
+def _name_damage() -> Iterator[None]:
+    """Turn the error of a damaged file into a problem."""
     try:
-        return msgspec.json.decode(read_regular(file, MAX_GROUPS_BYTES).content, type=dict[str, str])
+        yield
+    except ValueError as error:
+        if isinstance(error, UserInputError):
+            raise
+        raise UserInputError([Problem("RUN_FOLDER", None, str(error), "delete the damaged file")]) from error
+
+
+def read_groups(file: Path) -> tuple[dict[str, str], list[Problem]]:
+    """Read the caption groups of keys, or return the problem of a file that cannot be read."""
+    try:
+        return msgspec.json.decode(read_regular(file, MAX_GROUPS_BYTES).content, type=dict[str, str]), []
     except (OSError, msgspec.DecodeError, UnicodeDecodeError) as error:
         cure = 'give a JSON file such as {"key": "group"}'
-        raise UserInputError([Problem("--groups", file, f"cannot be read: {error}", cure)]) from error
+        return {}, [Problem("--groups", file, f"cannot be read: {error}", cure)]
+
+
+def check_page(page: Path, is_chosen: bool) -> Iterator[Problem]:
+    """Yield a problem if the page cannot be written.
+
+    Args:
+        is_chosen: by --out, and not the page of the first run's folder.
+    """
+    if is_chosen or (page.parents[1] / "config.yaml").is_file():  # else the run folder itself is a problem
+        yield from check_writable_file("--out", page)
+
+
+def create_place(page: Path) -> None:
+    """Create the folder of the page, and a file that is deleted at once.
+
+    Raises:
+        UserInputError: no file can be created there, as in /proc.
+    """
+    try:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        with open_temporary(page):
+            pass
+    except OSError as error:
+        rule = f"cannot be written: {error.strerror}"
+        raise UserInputError([Problem("--out", page, rule, "name a file in another folder")]) from error
 
 
 def write_lines(comparison: Comparison) -> Iterator[str]:

@@ -13,7 +13,7 @@ from sdxl_trainer.train.evidence.comparison import (
 )
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS
 
-ERROR_NAMES = {"x0": "x0 error", "v": "v error", "loss": "validation loss"}
+ERROR_NAMES = {"x0": "mean x0 error", "v": "v error", "loss": "validation loss"}
 
 
 def describe_setting(setting: SettingVerdict, baseline_error: float) -> str:
@@ -43,7 +43,7 @@ def describe_need(setting: SettingVerdict) -> str:
     seeds = f"{setting.needed_seeds} seeds of each arm" if setting.needed_seeds else ""
     samples = f"{setting.needed_samples:,} validation samples" if setting.needed_samples else ""
     if not seeds and not samples:
-        return "no 100 seeds and no million samples would decide a difference of this size"
+        return "even 100 seeds or a million validation samples would not decide a difference this small"
     return f"{' or '.join(filter(None, (seeds, samples)))} would decide if the difference stays"
 
 

@@ -22,6 +22,7 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     explain_removal,
     find_model_checkpoint,
     load_model_config,
+    name_option,
     read_declared_prediction,
 )
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
@@ -96,6 +97,8 @@ def run_conversion(
     config, problems = load_model_config(checkpoint, cfg, overrides)
     raise_if_any(problems)
     of_model = list(check_model(config.model)) or list(check_pair(config))
+    if checkpoint is None:
+        of_model = name_option(of_model, "source", str(source))
     raise_if_any([*of_model, *check_average(checkpoint, conversion.average), *check_about(config.about)])
     about = {} if checkpoint else read_about(source)
     with explain_removal(checkpoint):

@@ -16,6 +16,20 @@ SMALLEST_ERROR = 1e-30
 IDENTITY = ("key", "bucket_width", "bucket_height", "turn")  # columns that name a line of a validation
 
 
+def average_logs(errors: np.ndarray) -> np.ndarray:
+    """Return the mean over the bins of the logarithm of each sample's errors, [T, N].
+
+    exp of its mean over samples is the x0 error.
+
+    Errors of the noisiest bins are a thousand times those of the others, so that a plain mean would be theirs alone. Of
+    logarithms, a change by 1 % counts alike in each bin, and errors of x0 and of v say the same.
+
+    Args:
+        errors: [T, N, NUM_BINS]; NaN for a bin without errors.
+    """
+    return np.nanmean(np.log(np.maximum(errors, SMALLEST_ERROR)), axis=2)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ErrorHistory:
     """The x0 errors of the weights, or of one moving average, on the samples that the validations share."""
@@ -25,12 +39,8 @@ class ErrorHistory:
 
     @cached_property
     def log_errors(self) -> np.ndarray:
-        """The mean over the bins of the logarithm of each sample's errors, [T, N].
-
-        Errors of the noisiest bins are a thousand times those of the others, so that a plain mean would be theirs
-        alone. Of logarithms, a change by 1 % counts alike in each bin, and errors of x0 and of v say the same.
-        """
-        return np.nanmean(np.log(np.maximum(self.errors, SMALLEST_ERROR)), axis=2)
+        """The mean over the bins of the logarithm of each sample's errors, [T, N]."""
+        return average_logs(self.errors)
 
     @cached_property
     def means(self) -> np.ndarray:

@@ -11,6 +11,7 @@ from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 from sdxl_trainer.train.evidence.pairing import share_errors
+from sdxl_trainer.train.held_out.history import average_logs
 from sdxl_trainer.train.held_out.inference import adjust_by_holm
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, get_file, read_sample_errors
 from sdxl_trainer.train.quality.models import MeasuredModel
@@ -28,6 +29,7 @@ from sdxl_trainer.train.quality.resampling import (
 from sdxl_trainer.train.quality.result import UNDECIDED, Floor, Line, Subsets, judge
 
 X0_ERROR = "x0 error"
+NEVER_NEGATIVE = {X0_ERROR, "FID", "CMMD"}  # KID can be: it is right on average
 
 
 class FeatureSet(NamedTuple):
@@ -74,15 +76,24 @@ def list_subsets(features: FeatureSet, labels: Sequence[str]) -> list[Subsets]:
     return found
 
 
-def list_floors(features: FeatureSet, names: Sequence[str]) -> list[Floor]:
-    """Return measures between two halves of the validation images: what remains without any difference."""
-    first, second = (features.reference[half] for half in halve(len(features.reference)))
+def list_floors(features: FeatureSet, names: Sequence[str], labels: Sequence[str]) -> list[Floor]:
+    """Return measures between two halves of the validation images: what remains without any difference.
+
+    Beside them are those of each model's images for the captions of the first half, against the second half. They are
+    of as many images, and of other captions too.
+    """
+    first, second = halve(len(features.reference))
+
+    def compute(name: str, images: torch.Tensor) -> float:
+        return float(MEASURES[name](images[first], features.reference[second], None, None))
+
     return [
         Floor(
             measure=name,
             features=features.name,
             num_images=len(first),
-            value=float(MEASURES[name](first, second, None, None)),
+            value=compute(name, features.reference),
+            models={label: compute(name, x) for label, x in zip(labels, features.drawn, strict=True)},
         )
         for name in names
     ]
@@ -93,13 +104,14 @@ def list_lines(measure: str, features: str, labels: Sequence[str], resampled: Re
     lines = []
     for number, label in enumerate(labels):
         own = resampled.estimate(number)
+        low = max(own.low, 0.0) if measure in NEVER_NEGATIVE else own.low
         line = Line(
             measure=measure,
             features=features,
             model=label,
             num_images=resampled.num_images,
             value=own.value,
-            low=own.low,
+            low=low,
             high=own.high,
         )
         lines.append(_add_difference(line, resampled.estimate_difference(number, 0)) if number else line)
@@ -133,8 +145,9 @@ def correct_verdicts(lines: Sequence[Line]) -> list[Line]:
 def measure_x0(models: Sequence[MeasuredModel], keys: set[str]) -> tuple[list[Line], list[str]]:
     """Return the lines of the x0 error, by the validations of the runs at the steps of their checkpoints, and notes.
 
-    Only samples that are measured, and that all validations have, count. Models that are no runs have no validation;
-    without the baseline's there are no lines.
+    It is the geometric mean over noise levels and samples, as a run logs it (train/held_out/history.py). Only samples
+    that are measured, and that all validations have, count. Models that are no runs have no validation; without the
+    baseline's there are no lines.
     """
     measured, tables, notes = [], [], []
     for model in models:
@@ -157,7 +170,7 @@ def measure_x0(models: Sequence[MeasuredModel], keys: set[str]) -> tuple[list[Li
     chosen = [number for number, sample in enumerate(shared.samples) if sample.key in keys]
     if len(chosen) < 2:
         return [], [*notes, "x0 error: the validations hold other samples"]
-    errors = torch.from_numpy(shared.means[:, chosen])  # [models, n]
+    logs = torch.from_numpy(average_logs(shared.errors[:, chosen]))  # [models, n]
     counts = draw_counts(len(chosen)).double()
-    resampled = Resampled(errors.mean(1).numpy(), (counts @ errors.T / len(chosen)).numpy(), len(chosen))
+    resampled = Resampled(logs.mean(1).exp().numpy(), (counts @ logs.T / len(chosen)).exp().numpy(), len(chosen))
     return list_lines(X0_ERROR, "", labels, resampled), notes

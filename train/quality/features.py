@@ -21,6 +21,7 @@ from sdxl_trainer.cache.models.single_file_check import (
     read_json_object,
     read_safetensors_header,
 )
+from sdxl_trainer.cache.models.source import may_be_hub_id
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import hash_file
 from sdxl_trainer.train.quality.inception import list_shapes, load_inception, prepare_for_inception
@@ -76,7 +77,14 @@ class FeatureModel:
 def check_features(path: Path) -> Iterator[Problem]:
     """Yield a problem if a path names no feature model, without reading its weights."""
     if not path.exists():
-        yield Problem(OPTION, path, "does not exist", "check the path")
+        rule, name = "does not exist", str(path)
+        if may_be_hub_id(name):
+            rule += "; feature models are read from disk, and ids of the hub are not looked up"
+            yield Problem(
+                OPTION, path, rule, f"check the path, or run: hf download {name} --local-dir models/{path.name}"
+            )
+        else:
+            yield Problem(OPTION, path, rule, "check the path")
     elif path.is_file():
         yield from _check_file(path)
     else:

@@ -12,6 +12,7 @@ from loguru import logger
 from PIL import Image
 
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
+from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -37,10 +38,17 @@ from sdxl_trainer.train.quality.comparison import (
 )
 from sdxl_trainer.train.quality.drawing import share_work, write_generated_images, write_validation_images
 from sdxl_trainer.train.quality.feature_cache import hash_images, read_blocks, write_block
-from sdxl_trainer.train.quality.features import FeatureModel, check_features, identify_features, load_features
+from sdxl_trainer.train.quality.features import (
+    OPTION,
+    FeatureModel,
+    check_features,
+    identify_features,
+    load_features,
+)
 from sdxl_trainer.train.quality.models import (
     Frame,
     check_models,
+    check_once,
     choose_labels,
     identify_drawing,
     identify_vae_files,
@@ -86,11 +94,14 @@ def run_quality(request: Request, as_json: bool = False) -> None:
     frame = open_models(request.models, request.average, request.cfg, request.overrides)
     config, opened, identities = without_cached_text(frame.config), None, []
     if rank == 0:  # the other ranks wait for rank 0 in init_ranks
-        raise_if_any(frame.problems)
-        found = [*check_models(frame, request.average), *check_out(request, frame)]
+        found = [*frame.problems, *check_out(request, frame)]
         found += [problem for path in request.features for problem in check_features(path)]
-        opened, of_set = open_samples(config, request.max_images)
-        raise_if_any([*found, *of_set])
+        found += check_once(OPTION, request.features)
+        if not frame.problems:  # the defaults in place of wrong settings would contradict data and model
+            found += check_models(frame, request.average)
+            opened, of_set = open_samples(config, request.max_images)
+            found += of_set
+        raise_if_any(found)
         identities = [identify_features(path) for path in request.features]
     ranks = init_ranks(config.engine.timeout_minutes)
     set_tf32(False)
@@ -124,7 +135,9 @@ def run_quality(request: Request, as_json: bool = False) -> None:
 
 def check_out(request: Request, frame: Frame) -> Iterator[Problem]:
     """Yield a problem if images have no place: no folder is given, and the first model is not in a run."""
-    if request.out is None and frame.models[0].run_folder is None:
+    if request.out is not None:
+        yield from check_writable("--out", request.out)
+    elif len(frame.models) == len(request.models) and frame.models[0].run_folder is None:
         rule = "is needed: the first model is not in a run folder"
         yield Problem("--out", None, rule, "give a folder for the images")
 
@@ -194,7 +207,7 @@ def measure(frame: Frame, sets: Sequence[FeatureSet], keys: set[str], drawn: dic
         for name, resampled in found.items():
             lines += list_lines(name, features.name, labels, resampled)
         subsets += list_subsets(features, labels)
-        floors += list_floors(features, list(found))
+        floors += list_floors(features, list(found), labels)
         number, size = features.reference.shape
         if number <= size:
             notes.append(

@@ -11,11 +11,11 @@ from sdxl_trainer.cache.models.model_pair import check_pair, resolve_pair
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.cache.models.vae import list_vae_files, locate_vae
 from sdxl_trainer.configs.load import build_config, load_config
-from sdxl_trainer.configs.problems import Problem
+from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.files import describe_file
 from sdxl_trainer.train.checkpoint.folder import MANIFEST
-from sdxl_trainer.train.checkpoint.model_argument import find_model_checkpoint, load_model_config
+from sdxl_trainer.train.checkpoint.model_argument import find_model_checkpoint, load_model_config, name_option
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.saved_state import check_average
 from sdxl_trainer.train.sampling.job import list_model_overrides
@@ -31,6 +31,7 @@ SET_SETTINGS = {"validation": ("share", "metadata", "image_dirs", "seed"), "data
 class MeasuredModel:
     """A model with its settings. Its sampler is that of the frame."""
 
+    name: str  # as the command line gives it
     label: str
     config: Config
     checkpoint: Path | None
@@ -62,17 +63,21 @@ def open_models(names: Sequence[str], average: str | None, cfg: Path | None, wor
     Args:
         words: `key.sub=value` words that override the settings of all.
 
+    Models that lead nowhere, or to a damaged checkpoint, are left out with a problem.
+
     Raises:
-        UserInputError: a path leads nowhere, or to a damaged checkpoint.
+        UserInputError: `cfg` cannot be read.
     """
-    checkpoints = [find_model_checkpoint(Path(name), OPTION) for name in names]
-    first = next((checkpoint for checkpoint in checkpoints if checkpoint is not None), None)
-    frame, problems = load_config(cfg, words) if cfg else load_model_config(first, None, words)
+    checkpoints, problems = find_checkpoints(names)
+    first = next((checkpoint for checkpoint in checkpoints.values() if checkpoint is not None), None)
+    frame, of_frame = load_config(cfg, words) if cfg else load_model_config(first, None, words)
     if cfg is None and first is None:
         rule = "is needed: no model is a run, whose settings name a validation set"
-        problems = [Problem("--cfg", None, rule, "give the file with the settings of the validation set")]
-    models = []
-    for name, checkpoint, label in zip(names, checkpoints, choose_labels(names), strict=True):
+        cure = "give the file with the settings of the validation set"
+        of_frame = [] if problems else [Problem("--cfg", None, rule, cure)]
+    problems += of_frame
+    labels, models = dict(zip(names, choose_labels(names), strict=True)), []
+    for name, checkpoint in checkpoints.items():
         if checkpoint is not None:
             config, found = load_model_config(checkpoint, None, words)
         else:
@@ -81,7 +86,8 @@ def open_models(names: Sequence[str], average: str | None, cfg: Path | None, wor
         problems += [problem for problem in found if problem not in problems]
         models.append(
             MeasuredModel(
-                label=label,
+                name=name,
+                label=labels[name],
                 config=config.model_copy(update={"sample": frame.sample}),
                 checkpoint=checkpoint,
                 average=average if checkpoint is not None else None,
@@ -91,12 +97,39 @@ def open_models(names: Sequence[str], average: str | None, cfg: Path | None, wor
     return Frame(config=frame, models=models, problems=problems)
 
 
+def find_checkpoints(names: Sequence[str]) -> tuple[dict[str, Path | None], list[Problem]]:
+    """Return the checkpoint of each model, None for a model that is no run, and the problems of the others."""
+    found: dict[str, Path | None] = {}
+    problems = [*check_once(OPTION, names)]
+    for name in names:
+        try:
+            found[name] = find_model_checkpoint(Path(name), OPTION)
+        except UserInputError as error:
+            problems += error.problems
+    checkpoints = [checkpoint for checkpoint in found.values() if checkpoint is not None]
+    for name, checkpoint in found.items():
+        if (
+            not problems and checkpoint is not None and checkpoints.count(checkpoint) > 1
+        ):  # a run, and its newest checkpoint by name
+            problems.append(Problem(OPTION, name, f"is {checkpoint}, which is named twice", "name each model once"))
+    return found, problems
+
+
+def check_once(option: str, names: Sequence[str | Path]) -> Iterator[Problem]:
+    """Yield a problem if a path is named twice, which would count it as two."""
+    paths = [Path(name).resolve() for name in names]
+    for number, (name, path) in enumerate(zip(names, paths, strict=True)):
+        if path in paths[:number]:
+            yield Problem(option, name, "is named twice", "name each one once")
+
+
 def check_models(frame: Frame, average: str | None) -> Iterator[Problem]:
     """Yield the problems of models, and of those that cannot be compared on the frame's validation set."""
     if average is not None and all(model.checkpoint is None for model in frame.models):
         yield from check_average(None, average)
     for model in frame.models:
-        yield from list(check_model(model.config.model)) or list(check_pair(model.config))
+        of_model = list(check_model(model.config.model)) or list(check_pair(model.config))
+        yield from of_model if model.checkpoint is not None else name_option(of_model, OPTION, model.name)
         yield from check_average(model.checkpoint, model.average)
         yield from _check_set(frame, model)
         sampler = model.config.sample.model_copy(update={"prompts": [], "prompt_file": None})
@@ -112,7 +145,7 @@ def _check_set(frame: Frame, model: MeasuredModel) -> Iterator[Problem]:
             if own != asked:
                 rule = f"was trained with another {section}.{name}: it may have seen the validation set"
                 cure = "measure runs with one validation set, or give one that none has seen: validation.metadata=[…]"
-                yield Problem(OPTION, model.label, rule, cure)
+                yield Problem(OPTION, model.name, rule, cure)
                 return
 
 

@@ -76,4 +76,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         run_quality(request, as_json=options.json)
 
-    return run_program(work)
+    return run_program(work, resumes=True)

@@ -41,12 +41,13 @@ class Subsets(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Floor(msgspec.Struct, frozen=True, kw_only=True):
-    """A measure between two halves of the validation images."""
+    """A measure between two halves of the validation images, and between a half of each model's and the other half."""
 
     measure: str
     features: str
     num_images: int  # of each half
     value: float
+    models: dict[str, float]
 
 
 class Quality(msgspec.Struct, frozen=True, kw_only=True):
@@ -86,9 +87,10 @@ def write_lines(quality: Quality) -> Iterator[str]:
             f"{each.model}: KID {spread} over {each.num_subsets} subsets of {each.num_images} images, {each.features}"
         )
     for floor in quality.floors:
+        models = ", ".join(f"{label} {value:.4g}" for label, value in floor.models.items())
         yield translate(
-            f"a perfect model would have {floor.measure} {floor.value:.4g} with {floor.num_images} images, "
-            f"{floor.features}: two halves of the validation images"
+            f"{floor.measure} of {floor.num_images} images with {floor.num_images} validation images of other "
+            f"captions, {floor.features}: validation images {floor.value:.4g}, {models}"
         )
     yield from map(translate, quality.notes)
 

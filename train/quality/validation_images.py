@@ -111,14 +111,18 @@ def open_samples(config: Config, max_images: int | None) -> tuple[OpenedSet | No
     else:
         rows = find_held_out_rows(settings, index, None)
     rows = rows[: min(settings.max_samples, max_images or settings.max_samples)]
-    return OpenedSet(index, rows), list(check_rows(config, index, rows))
+    return OpenedSet(index, rows), list(check_rows(config, index, rows, max_images))
 
 
-def check_rows(config: Config, index: Index, rows: np.ndarray) -> Iterator[Problem]:
+def check_rows(config: Config, index: Index, rows: np.ndarray, max_images: int | None) -> Iterator[Problem]:
     """Yield a problem if there are too few samples, or some without latents."""
     if len(rows) < MIN_IMAGES:
-        cure = "hold out more samples, or give a set of its own with validation.metadata"
-        yield Problem("validation", len(rows), f"is too few samples to measure on: at least {MIN_IMAGES}", cure)
+        limits = {"--max-images": max_images, "validation.max_samples": config.validation.max_samples}
+        key = next((name for name, limit in limits.items() if limit is not None and limit < MIN_IMAGES), "validation")
+        own_set = "hold out more samples, or give a set of its own with validation.metadata"
+        cure = own_set if key == "validation" else f"give {MIN_IMAGES} or more, or leave it out"
+        value = limits.get(key, len(rows))
+        yield Problem(key, value, f"is too few samples to measure on: at least {MIN_IMAGES}", cure)
     found = [index.row(number) for number in rows.tolist()]
     folder = get_cache_folder(derive_validation_config(config))
     missing = [row["key"] for row in found if row["bytes"] is None and not (folder / row["file"]).is_file()]

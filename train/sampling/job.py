@@ -23,6 +23,7 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     explain_removal,
     find_model_checkpoint,
     load_model_config,
+    name_option,
     read_declared_prediction,
     read_declared_size,
 )
@@ -66,6 +67,8 @@ def run_sampling(
     if rank == 0:  # the other ranks wait for rank 0 in init_ranks
         raise_if_any(problems)
         of_model = list(check_model(config.model)) or list(check_pair(config))
+        if checkpoint is None:
+            of_model = name_option(of_model, "--model", model)
         raise_if_any([*prompt_problems, *of_model, *check_average(checkpoint, average)])
     ranks = init_ranks(config.engine.timeout_minutes)
     set_tf32(config.engine.tf32)
