@@ -201,6 +201,15 @@ def open_atomic_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def usual_mode(path: Path) -> Iterator[Path]:
+    """Give the file that the block writes as `path` the mode of other new files; safetensors leaves it 0600."""
+    path.touch()
+    mode = stat.S_IMODE(path.stat().st_mode)
+    yield path
+    path.chmod(mode)
+
+
 def commit_file(temporary: Path, path: Path) -> None:
     """Flush a finished temporary file to disk and rename it to `path`."""
     sync_path(temporary)

@@ -34,6 +34,7 @@ def build_validate_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="step to which the result belongs (that of the file's metadata, else of the run's last validation)",
     )
+    parser.add_argument("--overwrite", action="store_true", help="replace a result that exists")
     parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
     return parser
 
@@ -43,9 +44,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = build_validate_parser().parse_intermixed_args(arguments)
 
     def work() -> None:
-        from sdxl_trainer.train.scoring.model_validation import validate_model
+        from sdxl_trainer.train.scoring.model_validation import Place, validate_model
 
-        validate_model(options.model, options.run, options.out, options.step, options.overrides)
+        place = Place(folder=options.out, step=options.step, overwrite=options.overwrite)
+        validate_model(options.model, options.run, place, options.overrides)
 
     return run_program(work)
 

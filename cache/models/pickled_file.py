@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import save_file
 
 from sdxl_trainer.configs.problems import Problem, UserInputError
-from sdxl_trainer.data.files import commit_file, open_temporary
+from sdxl_trainer.data.files import commit_file, open_temporary, usual_mode
 
 PICKLE_MARKS = tuple(b"\x80" + bytes([version]) for version in range(2, 6))
 
@@ -47,6 +47,7 @@ def convert_pickled_file(source: Path, target: Path) -> int:
     target.parent.mkdir(parents=True, exist_ok=True)
     with open_temporary(target) as file:
         # Copies: safetensors refuses tensors that share memory.
-        save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, file.name)
+        with usual_mode(Path(file.name)) as path:
+            save_file({name: tensor.contiguous().clone() for name, tensor in tensors.items()}, path)
         commit_file(Path(file.name), target)
     return len(tensors)

@@ -121,7 +121,7 @@ def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Se
     set_tf32(config.engine.tf32)
     init_logger(rank, config.log.level, config.run.folder / "logs")
     if ranks.is_main and ranks.device.type == "cpu":
-        logger.info("no GPU: training runs on the CPU, which is only good for trials")
+        logger.info("no GPU: the work runs on the CPU, which is only good for trials")
     return Setup(config, Index(path), ranks)
 
 

@@ -5,7 +5,7 @@ each sample as the run itself stores them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,13 +20,24 @@ from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.configs.problems import Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.configs.yaml_file import dump_yaml
+from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.loader import build_dataset
 from sdxl_trainer.data.text.strategy import load_strategy
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, close_ranks
+from sdxl_trainer.train.checkpoint.folder import MANIFEST
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
-from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
+from sdxl_trainer.train.held_out.history import read_histories
+from sdxl_trainer.train.held_out.sample_errors import (
+    WEIGHTS,
+    Facts,
+    SampleError,
+    get_file,
+    list_files,
+    write_sample_errors,
+)
 from sdxl_trainer.train.objective.builder import build_objective
 from sdxl_trainer.train.objective.loss_feedback import build_feedback_state
 from sdxl_trainer.train.objective.objective import Objective
@@ -43,22 +54,31 @@ DROPPED = ("lora", "optim", "ema", "sample", "checkpoint")
 KEPT_OF_ENGINE = ("precision", "attention", "tf32", "channels_last", "timeout_minutes")
 
 
-def validate_model(model: str, run_folder: Path, out: Path, step: int | None, overrides: Sequence[str]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """The place of a result: its folder, its step, and whether it replaces one that is there."""
+
+    folder: Path
+    step: int | None = None
+    overwrite: bool = False
+
+
+def validate_model(model: str, run_folder: Path, place: Place, overrides: Sequence[str]) -> None:
     """Validate a model on the validation set of a run, with the same noise at the same timesteps.
 
     Args:
         model: a single file, a diffusers folder or a hub id.
-        out: a new folder for the result.
-        step: to which the result belongs; by default that of the file's metadata, else the run's last validation.
+        place: of the result. Its step is by default that of the file's metadata, else the run's last validation.
         overrides: `key.sub=value` words that override the run's settings.
 
     Raises:
         UserInputError: the settings, the data or the model are wrong, or do not fit each other.
     """
-    raise_if_any(check_folders(run_folder, out))
+    out = place.folder
+    raise_if_any([*check_folders(run_folder, out, place.overwrite), *check_file(model)])
     config, problems = load_config(run_folder / "config.yaml", overrides)
     metadata = read_metadata(Path(model))
-    step = resolve_step(step, metadata, run_folder)
+    step = resolve_step(place.step, metadata, run_folder)
     label = f"EMA {length}" if (length := metadata.get("sdxl_trainer.ema_length")) else Path(model).stem
     plain, more = build_plain_config(config, out)
     measured = fit_model_config(config.model, model)
@@ -69,7 +89,7 @@ def validate_model(model: str, run_folder: Path, out: Path, step: int | None, ov
         rule, cure = "holds no samples out of training", "name a run with validation.share or a set of its own"
         raise UserInputError([Problem("--run", run_folder, rule, cure)])
     networks, conditioner = load_frozen_networks(plain, resolve_model(measured), ranks)
-    with torch.no_grad():
+    with torch.no_grad(), ACTIVITY.during("validating"):
         errors = compute_validation_errors(
             Measured(
                 model=networks,
@@ -93,6 +113,8 @@ def validate_model(model: str, run_folder: Path, out: Path, step: int | None, ov
         write_result(out, config, label, {WEIGHTS: errors}, facts)
         loss = average_losses(errors, plain.validation.num_bins)["loss"]
         logger.info("step {}: validation loss {:.5f} of {}; written to {}", step, loss, model, out)
+        for history in read_histories({step: get_file(out, step)}).by_average.values():
+            logger.info("step {}: x0 error {:.5f}", step, history.means[-1])
     close_ranks()
 
 
@@ -109,13 +131,29 @@ def open_validation(config: Config, index: Index, ranks: Ranks) -> tuple[Validat
     return held_out, build_objective(config, vae_config, ranks, build_feedback_state(config.objective))
 
 
-def check_folders(run_folder: Path, out: Path) -> Iterator[Problem]:
-    """Yield a problem if the run has no settings, or if the result's folder holds anything but such a result."""
+def check_file(model: str) -> Iterator[Problem]:
+    """Yield a problem if a model is a run or a checkpoint, whose weights are no model file."""
+    path = Path(model)
+    if (path / MANIFEST).is_file() or (path / "checkpoints").is_dir():
+        rule = "is a run or a checkpoint, and no model file"
+        yield Problem("MODEL", model, rule, f"convert it first: python train/convert.py {model} NAME.safetensors")
+
+
+def check_folders(run_folder: Path, out: Path, overwrite: bool) -> Iterator[Problem]:
+    """Yield a problem if the run has no settings, or if the result's folder is in use.
+
+    Args:
+        overwrite: replace an earlier result.
+    """
     if not (run_folder / "config.yaml").is_file():
         yield Problem("--run", run_folder, "is not a run folder: it contains no config.yaml", "name a run's folder")
     is_result = any(key.startswith(f"{MARK}.") for key in read_settings(out / "config.yaml"))
     if out.is_file() or (out.is_dir() and any(out.iterdir()) and not is_result):
         yield Problem("--out", out, "exists already, and is no result of a validation", "name a new folder")
+    elif is_result and not overwrite:
+        yield Problem("--out", out, "holds a result already", "name a new folder, or add --overwrite to replace it")
+    else:
+        yield from check_writable("--out", out)
 
 
 def read_metadata(model: Path) -> dict[str, str]:

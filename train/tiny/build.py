@@ -8,6 +8,7 @@ pre-trained tiny SDXL, whose U-Net knows four shapes (train/tiny/pretraining.py 
 import json
 import math
 import shutil
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -70,7 +71,15 @@ def build_tiny_sdxl(folder: Path, seed: int = 0, channels: int = 4) -> Path:
         for name, model in build_tiny_text_encoders().items():
             model.save_pretrained(folder / name)
         load_wide_vae(channels).save_pretrained(folder / "vae")
+    _make_readable(folder)
     return folder
+
+
+def _make_readable(folder: Path) -> None:
+    """Give the weights the mode of the other files; safetensors leaves 0600."""
+    mode = (folder / "model_index.json").stat().st_mode
+    for file in folder.glob("*/*.safetensors"):
+        file.chmod(stat.S_IMODE(mode))
 
 
 def build_pretrained_sdxl(folder: Path, weights: Path = PRETRAINED_WEIGHTS) -> Path:
@@ -88,6 +97,7 @@ def build_pretrained_sdxl(folder: Path, weights: Path = PRETRAINED_WEIGHTS) -> P
         own = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
         save_file({key: value.float() for key, value in own.items()}, folder / name / file, {"format": "pt"})
     load_tiny_vae().save_pretrained(folder / "vae")
+    _make_readable(folder)
     return folder
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import sdxl_trainer.configs
 from sdxl_trainer.configs.paths import parse_path
+from sdxl_trainer.data.files import usual_mode
 from sdxl_trainer.data.images.demo_set import SIZES_PX, draw_demo_set
 from sdxl_trainer.train.tiny.build import PRETRAINED_FILES, PRETRAINED_WEIGHTS, build_tiny_sdxl
 
@@ -73,7 +74,8 @@ def collect_weights(folder: Path, target: Path) -> None:
     for name, file in PRETRAINED_FILES.items():
         tensors |= {f"{name}.{key}": value.half() for key, value in load_file(folder / name / file).items()}
     target.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, target)
+    with usual_mode(target):
+        save_file(tensors, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -22,6 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from sdxl_trainer.configs.paths import parse_path
+from sdxl_trainer.data.files import usual_mode
 from sdxl_trainer.data.images.demo_set import BACKGROUNDS, COLOURS, SHAPES, draw_image
 from sdxl_trainer.train.tiny.build import build_tiny_vae, load_tiny_vae
 
@@ -223,7 +224,8 @@ def train_tiny_vae(folder: Path, minutes: float, seed: int = 0, start_from: Path
     scale_latents(vae, FIRST_SEED + 1)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "diffusion_pytorch_model.safetensors"
-    save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, path)
+    with usual_mode(path):
+        save_file({name: value.half().contiguous() for name, value in vae.state_dict().items()}, path)
     saved_vae = load_tiny_vae(path)
     save_reconstructions(saved_vae, folder / "reconstructions.png")
     sys.stdout.write(f"PSNR {measure_psnr(saved_vae, FIRST_SEED + 3):.2f} dB, {path.stat().st_size} bytes in {path}\n")

@@ -12,7 +12,7 @@ from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.train.ablation.grid import build_arms, parse_variations
 from sdxl_trainer.train.ablation.hopeless import find_hopeless
 from sdxl_trainer.train.ablation.plan import Request, plan_runs
-from sdxl_trainer.train.ablation.training import read_state
+from sdxl_trainer.train.ablation.training import estimate_rest, read_state
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
 
 PROGRAM = "train/ablation/__main__.py"
@@ -45,6 +45,10 @@ def test_values_without_an_own_file_name_are_numbered() -> None:
         ("optim.lr=1e-5,", "needs two different values"),
         ("run.seed=1,2", "belongs to the ablation"),
         ("validation.seed=1,2", "must be the same in all runs"),
+        ("sample.sampler=euler,ddim", "changes nothing that a run learns"),
+        ("log.level=INFO,DEBUG", "changes nothing that a run learns"),
+        ("checkpoint.keep_last=1,2", "changes nothing that a run learns"),
+        ("ema.decays=[0.9],[0.99]", "changes only the moving averages"),
         ("train.max_steps=10,20", "must be the same in all runs"),
     ],
 )
@@ -118,6 +122,30 @@ def test_settings_of_every_arm_are_checked_before_the_first_run(settings: Path) 
         plan_runs(Request(cfg=settings, vary=["optim.lr=1,2"], overrides=["validation.share=0"]), num_ranks=1)
 
 
+def refuse(settings: Path, *vary: str, **fields) -> str:
+    with pytest.raises(UserInputError) as caught:
+        plan_runs(Request(cfg=settings, vary=vary, **fields), num_ranks=1)
+    return str(caught.value)
+
+
+def test_a_grid_that_cannot_be_is_refused(settings: Path) -> None:
+    message = refuse(settings, "foo.bar=1,2")
+    assert "is not a known key" in message and message.count("foo.bar=1: ") == 1
+    message = refuse(settings, "optim.lr=1e-4,1.0e-4,2e-4")
+    assert "needs two different values" in message and "those of optim.lr=1e-4" in message and "2e-4" not in message
+    assert "is a setting that varies" in refuse(settings, "optim.lr=1e-4,2e-4", overrides=["optim.lr=3e-4"])
+    for name in ("../x", "a/b", "/x", ".."):
+        assert "is not a name of a folder" in refuse(settings, "optim.lr=1e-4,2e-4", name=name)
+    assert plan_runs(Request(cfg=settings, vary=["optim.lr=1e-4,2e-4"], name="x.1"), num_ranks=1).folder.name == "x.1"
+
+
+def test_the_time_left_counts_whole_runs() -> None:
+    assert estimate_rest(60.0, trained=0.5, num_waiting=2, shares=[0.5]) == 300
+    assert estimate_rest(60.0, trained=1.5, num_waiting=0, shares=[0.5, 0.25]) == 50
+    assert estimate_rest(60.0, trained=0.0, num_waiting=2, shares=[0.0]) is None
+    assert estimate_rest(60.0, trained=2.0, num_waiting=0, shares=[]) is None
+
+
 def test_a_hopeless_arm_is_stopped_and_the_same_command_goes_on(settings: Path) -> None:
     words = ("--cfg", settings, "--vary", "optim.lr=1e-3,5e-1", "--seeds", 1, "--budget-steps")
     printed = run_program(PROGRAM, *words, 3)
@@ -126,7 +154,10 @@ def test_a_hopeless_arm_is_stopped_and_the_same_command_goes_on(settings: Path) 
     assert "optim.lr=5e-1 is hopeless" in printed and printed.count("run 1 of 2") == 1
     assert list(read_state(folder / "ablation.json").hopeless) == ["lr-5e-1"]
     table = [line.split() for line in printed.splitlines()]
-    assert ["optim.lr=1e-3", "1", "baseline"] in table
+    (baseline,) = (line for line in table if line[:3] == ["optim.lr=1e-3", "1", "baseline"])
+    assert float(baseline[3]) > 0 and baseline[4] == "3"  # v error and steps, though nothing is compared with it
+    assert "no comparison and no comparison.html: they need two arms" in printed and "1 arm finished" in printed
+    assert "left for the runs that are not finished" in printed
     again = run_program(PROGRAM, *words, 3)
     assert "run 1 of 2" not in again and "optim.lr=5e-1 is hopeless" in again
     assert "was begun with objective.loss: l2" in run_program(PROGRAM, *words, 3, "objective.loss=l1", expect=2)

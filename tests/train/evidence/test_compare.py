@@ -171,6 +171,24 @@ def test_runs_are_compared_on_what_they_share(tmp_path: Path) -> None:
     assert [line.name for line in found.arms[0].by_noise] == ["0 … 2"] and "other timesteps" in found.notes[0]
 
 
+def test_timesteps_of_samples_that_are_not_shared_do_not_count(tmp_path: Path) -> None:
+    half = write_run(tmp_path / "half", keys=range(20))
+    found = compare(write_run(tmp_path / "whole", lr="1e-3"), half)
+    assert found.num_samples == 20 and found.notes == ["compared on 20 of 40 samples: the others are not in all runs"]
+
+
+def test_groups_and_lines_that_are_missing_are_named(tmp_path: Path) -> None:
+    runs = [write_run(tmp_path / "one", keys=range(0, 9)), write_run(tmp_path / "two", lr="1e-3", keys=range(0, 9))]
+    assert "names 1 key, and no compared sample has" in compare(*runs, groups={"nothing": "a"}).notes[-1]
+    found = compare(*runs, groups={"key-0": "a", "key-1": "b", "key-2": "b"})
+    assert [line.name for line in found.arms[0].by_group] == ["b", "other"]
+    assert found.notes == ["without a line, because they have one sample: caption group a"]
+    found = compare(*runs, groups={f"key-{number}": "all" for number in range(9)})
+    assert found.notes == ["there is no table by caption group: all samples belong to the group all"]
+    pair = [write_run(tmp_path / name, lr=lr, keys=range(1, 4)) for name, lr in (("five", "1e-5"), ("six", "1e-3"))]
+    assert compare(*pair).notes == ["without a line, because they have one sample: bucket 32x64"]
+
+
 @pytest.mark.parametrize(
     ("fields", "options", "text"),
     [
@@ -179,7 +197,7 @@ def test_runs_are_compared_on_what_they_share(tmp_path: Path) -> None:
         ({"num_other_latents": 40}, {}, "holds other latents in each run"),
         ({"log_snr_shift": 50}, {}, "leads to no noise level"),
         ({"steps": (30,)}, {}, "finds no validation that all runs have in common"),
-        ({}, {"average": "0.9"}, "is not among the weights that whole was validated with: weights"),
+        ({}, {"average": "0.9"}, "validated with: weights(.|\n)*choose one of weights, or train with ema.decays"),
     ],
 )
 def test_runs_that_share_nothing_are_refused(tmp_path: Path, fields: dict, options: dict, text: str) -> None:
@@ -206,6 +224,18 @@ def test_wrong_input_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> 
     (tmp_path / "groups.json").write_text("[1]")
     assert main([str(run), str(other), "--groups", str(tmp_path / "groups.json")]) == 2
     assert "cannot be read" in capsys.readouterr().err
+    assert main([str(tmp_path / "none"), str(other), "--groups", str(tmp_path / "groups.json")]) == 2
+    message = capsys.readouterr().err
+    assert "cannot be read" in message and "contains no config.yaml" in message
+    file = tmp_path / "groups.json"
+    for place, rule in (
+        (tmp_path, "is a folder"),
+        (file / "x.html", "is a file"),
+        ("/proc/x.html", "cannot be written"),
+    ):
+        assert main([str(run), str(other), "--out", str(place)]) == 2
+        message = capsys.readouterr().err
+        assert "--out" in message and rule in message
     (other / "logs" / "validation" / "step-00000020.parquet").write_bytes(b"PAR1")
     assert main([str(run), str(other)]) == 2
     assert "step-00000020.parquet holds no validation errors" in capsys.readouterr().err

@@ -122,6 +122,8 @@ def test_a_pickled_checkpoint_becomes_safetensors_without_running_code(
     for number, is_zip in enumerate((True, False)):
         torch.save({"state_dict": weights, "epoch": 3}, tmp_path / "old.ckpt", _use_new_zipfile_serialization=is_zip)
         assert main([str(tmp_path / "old.ckpt"), str(tmp_path / f"{number}.safetensors")]) == 0
+        modes = {(tmp_path / name).stat().st_mode for name in ("old.ckpt", f"{number}.safetensors")}
+        assert len(modes) == 1  # that of new files, not 0600
         converted = load_file(tmp_path / f"{number}.safetensors")
         assert converted.keys() == weights.keys() and all(converted[name].equal(weights[name]) for name in weights)
     torch.save({"state_dict": weights, "x": Malicious()}, tmp_path / "bad.ckpt")

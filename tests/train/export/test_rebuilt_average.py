@@ -28,8 +28,10 @@ from sdxl_trainer.train.engine.engine import Engine
 from sdxl_trainer.train.engine.power_profiles import Profile, compute_gamma, compute_power_decay, multiply_profiles
 from sdxl_trainer.train.export.average_snapshots import SnapshotWriter, get_snapshot_file, list_snapshots
 from sdxl_trainer.train.export.rebuilt_average import rebuild_average
-from sdxl_trainer.train.held_out.sample_errors import get_file, read_sample_errors
+from sdxl_trainer.train.held_out.history import read_histories
+from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, get_file, read_sample_errors
 from sdxl_trainer.train.optim.optimizers import build_optimizer
+from sdxl_trainer.train.scoring.model_validation import check_folders
 from sdxl_trainer.train.validate import main as validate
 
 ONE_RANK = Ranks(rank=0, local_rank=0, world_size=1, device=torch.device("cpu"))
@@ -142,6 +144,9 @@ def test_a_rebuilt_model_is_validated_as_the_run_validates_and_compared(
     model, out = tmp_path / "m.safetensors", tmp_path / "run-ema"
     assert main([str(run), str(model), "--ema-length", str(DIRECT)]) == 0
     assert validate([str(model), "--run", str(run), "--out", str(out)]) == 0
+    printed = capsys.readouterr().err
+    assert f"x0 error {float(read_histories({0: get_file(out, STEPS)}).by_average[WEIGHTS].means[-1]):.5f}" in printed
+    assert "starting: " not in printed and "training runs" not in printed
     own, found = (read_sample_errors(get_file(folder, STEPS)) for folder in (run, out))
     assert found.facts == own.facts
     chosen = own.columns["average"] == f"length-{DIRECT}"
@@ -155,7 +160,10 @@ def test_a_rebuilt_model_is_validated_as_the_run_validates_and_compared(
     capsys.readouterr()
     assert compare([str(run), str(out), "--json"]) == 0
     assert "validated.model=EMA 0.13" in capsys.readouterr().out
-    # A result may be written again, but no run is written over.
+    # A result is written again only if asked to, and no run is written over.
+    assert validate([str(model), "--run", str(run), "--out", str(out)]) == 2
+    assert "holds a result already" in " ".join(capsys.readouterr().err.split())
+    assert list(check_folders(run, out, overwrite=True)) == []
     assert validate([str(model), "--run", str(run), "--out", str(run)]) == 2
     assert "is no result of a validation" in " ".join(capsys.readouterr().err.split())
 
@@ -209,6 +217,7 @@ def test_a_model_that_cannot_be_validated_is_refused(
     for words, expected in (
         ([str(tmp_path / "m.safetensors"), "--run", str(run)], "is neither a file nor a folder"),
         ([model, "--run", str(tmp_path)], "is not a run folder"),
+        ([str(run), "--run", str(run)], f"convert it first: python train/convert.py {run}"),
         ([model, "--run", str(run), "objective.prediction=v"], "predicts epsilon, and the run v"),
         ([model, "--run", str(run), "validation.share=0"], "holds no samples out of training"),
     ):

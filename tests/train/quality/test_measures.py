@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from sdxl_trainer.train.quality.comparison import FeatureSet, list_floors, list_lines
 from sdxl_trainer.train.quality.measures import compute_cmmd, compute_fid, compute_kid
 from sdxl_trainer.train.quality.resampling import (
     MEASURES,
@@ -109,3 +110,15 @@ def test_an_interval_is_centred_on_its_value() -> None:
     assert (estimate.low, estimate.high) == pytest.approx((2 - margin, 2 + margin), rel=1e-4)
     assert estimate.p_value == pytest.approx(0.0594, abs=2e-4)
     assert summarize(0.0, np.zeros(3), 9).p_value == 1 and summarize(1.0, np.ones(3), 9).p_value == 0
+
+
+def test_intervals_of_distances_end_at_zero_and_halves_compare_alike() -> None:
+    resampled = Resampled(np.array([0.1, 0.2]), np.array([[0.0, 0.1], [0.2, 0.3], [0.4, 0.5]]), 9)
+    for name, ends_at_zero in (("FID", True), ("CMMD", True), ("x0 error", True), ("KID", False)):
+        line = list_lines(name, "", ["a", "b"], resampled)[0]
+        assert (line.low == 0) == ends_at_zero and line.high == pytest.approx(0.1 + 1.95996 * 0.2 * (9 / 8) ** 0.5)
+    x, y = draw_features(1, 12, 3, 0.0), draw_features(2, 12, 3, 0.5)
+    (floor,) = list_floors(FeatureSet("f", False, [x, y], y), ["FID"], ["a", "same"])
+    first, second = halve(12)
+    assert floor.num_images == 6 and floor.value == pytest.approx(compute_fid(y[first], y[second]))
+    assert floor.models == pytest.approx({"a": compute_fid(x[first], y[second]), "same": floor.value})

@@ -1,6 +1,7 @@
 """The program that measures generated images, with the tiny SDXL: ranks, resuming, damage, and what is refused."""
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from programs import run_program
 
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.launch.distributed import close_ranks
+from sdxl_trainer.train.held_out.history import read_histories
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, get_file, read_sample_errors
 from sdxl_trainer.train.quality.job import Request, run_quality
 from sdxl_trainer.train.quality.models import open_models
@@ -71,6 +73,7 @@ def test_two_ranks_measure_and_one_continues(
     }
     for line in result["lines"]:
         assert line["low"] < line["value"] < line["high"]
+        assert line["low"] >= 0 or line["measure"] == "KID"
         has_difference = line["model"] == "model"
         assert (line["difference"] is not None) == has_difference
         assert not has_difference or line["difference_low"] < line["difference"] < line["difference_high"]
@@ -142,6 +145,7 @@ def test_the_x0_error_is_that_of_the_validation(
     assert result["num_images"] == 8 and result["lines"][0]["measure"] == "x0 error"
     line = result["lines"][0]
     names = {file.name.rpartition("-")[0] for file in (stage / "ema").glob("ranks-1-*/*.png")}
+    logged = read_histories({2: get_file(validated[1], 2)}).by_average["0.5"]
     columns = read_sample_errors(get_file(validated[1], 2)).columns
     cells: dict[tuple[str, int], list[float]] = {}
     for key, average, number, error in zip(
@@ -151,10 +155,12 @@ def test_the_x0_error_is_that_of_the_validation(
             cells.setdefault((key, number), []).append(error)
     samples: dict[str, list[float]] = {}
     for (key, _), errors in cells.items():
-        samples.setdefault(key, []).append(sum(errors) / len(errors))
+        samples.setdefault(key, []).append(math.log(sum(errors) / len(errors)))
     means = [sum(errors) / len(errors) for errors in samples.values()]
     assert 5 <= line["num_images"] == len(means) < 8
-    assert line["value"] == pytest.approx(sum(means) / len(means), rel=1e-6) and WEIGHTS != "0.5"
+    assert line["value"] == pytest.approx(math.exp(sum(means) / len(means)), rel=1e-6) and WEIGHTS != "0.5"
+    if len(means) == logged.errors.shape[1]:  # the number that the run logs
+        assert line["value"] == pytest.approx(float(logged.means[-1]), rel=1e-6)
     shared = {file.name: file.read_bytes() for file in (stage / "out").glob("ranks-1-*/*.png")}
     own = {file.name: file.read_bytes() for file in (stage / "ema").glob("ranks-1-*/*.png")}
     if shared:  # drawn by the other test
@@ -188,9 +194,26 @@ def test_what_cannot_be_measured_is_refused(
     assert "--out" in message and "--ema" in message
     message = refuse([one_rank], None, overrides=[], features=[tmp_path / "none", stage / "clip"], average="0.9")
     assert "holds no samples out" in message and "does not exist" in message and "0.9" in message
-    assert "is too few samples" in refuse([validated[1]], None, max_images=7)
+    message = refuse([validated[1]], None, max_images=7)
+    assert "--max-images = 7" in message and "is too few samples" in message
+    assert "validation.max_samples = 5" in refuse([validated[1]], None, "validation.max_samples=5")
+    assert "--model" in (message := refuse([validated[1], validated[1]], None)) and "is named twice" in message
+    assert "which is named twice" in refuse([validated[1], validated[1] / "checkpoints" / "step-00000002"], None)
+    same = [stage / "clip", stage / "own" / ".." / "clip"]
+    assert "--features" in (message := refuse([validated[1]], None, features=same)) and "is named twice" in message
+    message = refuse([tmp_path / "none"], None, features=[tmp_path / "no-1", Path("openai/clip")])
+    assert message.count("does not exist") == 3 and "hf download openai/clip" in message and "--cfg" not in message
+    (tmp_path / "x.safetensors").write_bytes(b"none")
+    message = refuse([tmp_path / "x.safetensors", validated[1]], None)
+    assert "--model" in message and "--out" in message and "model.path" not in message
+    assert "cannot be a folder" in refuse([validated[1]], tmp_path / "x.safetensors" / "out")
     message = refuse([validated[1], one_rank], None, overrides=[])
-    assert "another validation.image_dirs" in message and "may have seen" in message and "7" in message
+    assert (
+        f"--model = '{one_rank}'" in message
+        and "another validation.image_dirs" in message
+        and "may have seen" in message
+        and "7" in message
+    )
     assert "does not support zero terminal SNR" in refuse(
         [validated[1]], None, "objective.zero_terminal_snr=true", "objective.prediction=v", "sample.scheduler=heun"
     )
