@@ -200,7 +200,7 @@ def list_omissions(shared: SharedErrors, groups: Mapping[str, str]) -> Iterator[
     """Yield which tables and lines are missing, and why: groups that no sample belongs to, and those of one sample."""
     keys = {sample.key for sample in shared.samples}
     if groups and not keys & groups.keys():
-        yield f"--groups names {format_count(len(groups), 'key')}, and no compared sample has one of them"
+        yield f"of {format_count(len(groups), 'key')} in --groups, none is that of a compared sample"
         groups = {}
     in_bins = np.isfinite(shared.errors[0]).sum(axis=0).tolist()
     kinds = {

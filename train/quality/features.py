@@ -77,14 +77,12 @@ class FeatureModel:
 def check_features(path: Path) -> Iterator[Problem]:
     """Yield a problem if a path names no feature model, without reading its weights."""
     if not path.exists():
-        rule, name = "does not exist", str(path)
-        if may_be_hub_id(name):
-            rule += "; feature models are read from disk, and ids of the hub are not looked up"
-            yield Problem(
-                OPTION, path, rule, f"check the path, or run: hf download {name} --local-dir models/{path.name}"
-            )
+        if may_be_hub_id(str(path)):
+            rule = "does not exist here, and ids of the hub are not looked up"
+            cure = f"check the path, or fetch it: hf download {path} --local-dir models/{path.name}"
+            yield Problem(OPTION, path, rule, cure)
         else:
-            yield Problem(OPTION, path, rule, "check the path")
+            yield Problem(OPTION, path, "does not exist", "check the path")
     elif path.is_file():
         yield from _check_file(path)
     else:

@@ -179,7 +179,7 @@ def test_timesteps_of_samples_that_are_not_shared_do_not_count(tmp_path: Path) -
 
 def test_groups_and_lines_that_are_missing_are_named(tmp_path: Path) -> None:
     runs = [write_run(tmp_path / "one", keys=range(0, 9)), write_run(tmp_path / "two", lr="1e-3", keys=range(0, 9))]
-    assert "names 1 key, and no compared sample has" in compare(*runs, groups={"nothing": "a"}).notes[-1]
+    assert "of 1 key in --groups, none is" in compare(*runs, groups={"nothing": "a"}).notes[-1]
     found = compare(*runs, groups={"key-0": "a", "key-1": "b", "key-2": "b"})
     assert [line.name for line in found.arms[0].by_group] == ["b", "other"]
     assert found.notes == ["without a line, because they have one sample: caption group a"]
