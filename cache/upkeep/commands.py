@@ -1,4 +1,4 @@
-"""Commands that maintain a cache: verify, pack, unpack, and adopt. They run only on rank 0."""
+"""Commands that maintain a cache: verify, pack, unpack, compact, and adopt. They run only on rank 0."""
 
 import os
 from collections.abc import Callable
@@ -29,6 +29,8 @@ from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
     ManifestWriter,
+    compact_parts,
+    list_manifest_parts,
     read_latest,
     read_refused,
     verify_identity,
@@ -83,6 +85,27 @@ def pack_cache(config: Config, problems: list[Problem]) -> None:
 def unpack_cache(config: Config, problems: list[Problem]) -> None:
     """Move items of shards into npz files. Raises like `_repack_cache`."""
     _repack_cache(config, problems, to_shards=False)
+
+
+def compact_cache(config: Config, problems: list[Problem]) -> None:
+    """Store the lines of the manifest as columns.
+
+    Raises:
+        BadCacheError: a part of the manifest has damaged lines and stays as it is.
+    """
+    folder = _open_existing(config, problems)
+    if folder is None:
+        return
+    with lock_cache(folder):
+        before = _measure_manifest(folder)
+        kept = compact_parts(folder)
+    logger.info("the manifest takes {:.1f} MB instead of {:.1f}", _measure_manifest(folder) / 1e6, before / 1e6)
+    if kept:
+        raise BadCacheError(f"{len(kept)} parts of the manifest are damaged and stay as lines; run with --repair")
+
+
+def _measure_manifest(folder: Path) -> int:
+    return sum(part.stat().st_size for part in list_manifest_parts(folder))
 
 
 def adopt_cache(config: Config, problems: list[Problem]) -> None:
@@ -215,5 +238,6 @@ COMMANDS: dict[str, Callable[[Config, list[Problem]], None]] = {
     "verify": verify_cache,
     "pack": pack_cache,
     "unpack": unpack_cache,
+    "compact": compact_cache,
     "adopt": adopt_cache,
 }

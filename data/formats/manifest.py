@@ -356,28 +356,34 @@ def drop_damaged_lines(folder: Path) -> None:
 
 
 def compact_parts(folder: Path) -> list[Path]:
-    """Write the entries of all parts that hold lines as columns, delete those parts, and return the new ones.
+    """Write the entries of all parts that hold lines as columns, delete those parts, and merge small parts of columns.
 
     No job may be writing the cache. A part with a damaged line, or with a checksum that is none, stays as it is.
+
+    Returns:
+        The parts that stay as lines.
     """
-    written = []
+    kept, columns = [], []
     for part in list_manifest_parts(folder):
         if part.suffix == manifest_columns.SUFFIX:
+            columns.append(part)
             continue
         # The number keeps the names apart: a job may append lines to a new part of this rank.
-        columns, damaged = part.with_name(f"{part.stem}-{_find_highest_number(part):x}{manifest_columns.SUFFIX}"), []
+        new, damaged = part.with_name(f"{part.stem}-{_find_highest_number(part):x}{manifest_columns.SUFFIX}"), []
         try:
-            manifest_columns.write_entries(columns, read_part(part, damaged))
+            manifest_columns.write_entries(new, read_part(part, damaged))
         except ValueError as error:
             damaged.append(f"{part}: {error}")
         if damaged:
-            columns.unlink(missing_ok=True)
+            new.unlink(missing_ok=True)
             logger.warning("{} stays as lines: {}", part, damaged[0])
+            kept.append(part)
             continue
         sync_folder(part.parent)
         part.unlink()
-        written.append(columns)
-    return written
+        columns.append(new)
+    manifest_columns.merge_small_files(columns)
+    return kept
 
 
 class ManifestWriter:

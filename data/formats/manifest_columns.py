@@ -1,8 +1,8 @@
 """A manifest as columns: Parquet files with the same entries as the lines of `manifest/part-<rank>.jsonl`.
 
 A line takes 500 bytes and more, an entry in columns about 90, most of them checksums. Cache jobs append lines; columns
-are written from them when no job runs (`compact_parts`). Any reader of Parquet can audit a cache with them. Each page
-has a checksum, and a damaged group of rows is skipped as damaged lines are.
+are written from them when no job runs (`--compact`), and small files of columns are merged. Any reader of Parquet can
+audit a cache with them. Each page has a checksum, and a damaged group of rows is skipped as damaged lines are.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -11,13 +11,15 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sdxl_trainer.data.files import open_atomic
+from sdxl_trainer.data.files import open_atomic, sync_folder
 
 SUFFIX = ".parquet"
 ROWS_PER_GROUP = 65_536
+SMALL_ROWS = 1 << 20  # files with fewer rows are merged
 HIGHEST = b"highest_number"
 SIZES = ("bucket", "original_size", "resized")
 DIGEST = pa.binary(32)
@@ -160,6 +162,55 @@ def drop_damaged_groups(path: Path) -> None:
         write_columns(path, read_columns(path, []))
     elif damaged:
         path.unlink()
+
+
+def merge_small_files(paths: Sequence[Path]) -> list[Path]:
+    """Merge files of fewer than SMALL_ROWS rows into files of at least that many, and return all files.
+
+    Of several rows of a key the last one in a file counts, so that merged rows are in the order of their numbers. Files
+    that are damaged, or whose numbers do not rise, stay as they are.
+    """
+    kept: list[Path] = []
+    waiting: list[tuple[Path, pa.Table]] = []
+    for path in paths:
+        table = _read_ordered(path)
+        if table is None:
+            kept.append(path)
+            continue
+        waiting.append((path, table))
+        if sum(len(table) for _, table in waiting) >= SMALL_ROWS:
+            kept.append(_merge_files(waiting))
+            waiting = []
+    return [*kept, *([_merge_files(waiting)] if waiting else [])]
+
+
+def _read_ordered(path: Path) -> pa.Table | None:
+    """Return the rows of a small file whose numbers rise, or None."""
+    try:
+        if pq.read_metadata(path).num_rows >= SMALL_ROWS:
+            return None
+    except PARQUET_ERRORS:
+        return None
+    damaged: list[str] = []
+    table = pa.Table.from_batches(read_columns(path, damaged), SCHEMA)
+    is_ordered = not damaged and np.all(np.diff(table.column("listed_ns").to_numpy()) > 0)
+    return table if is_ordered else None
+
+
+def _merge_files(files: Sequence[tuple[Path, pa.Table]]) -> Path:
+    """Write the rows of several files as one file, delete the others, and return the new one."""
+    if len(files) == 1:
+        return files[0][0]
+    table = pa.concat_tables([table for _, table in files])
+    table = table.take(np.argsort(table.column("listed_ns").to_numpy(), kind="stable"))
+    highest = table.column("listed_ns")[-1].as_py()
+    merged = files[0][0].with_name(f"part-merged-{highest:x}{SUFFIX}")
+    write_columns(merged, table.to_batches(max_chunksize=ROWS_PER_GROUP))
+    sync_folder(merged.parent)
+    for path, _ in files:
+        if path != merged:
+            path.unlink()
+    return merged
 
 
 def list_fields(batch: pa.RecordBatch) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,217 @@
+"""Large and growing indexes: parts, spans and checks that bound memory and time, and a compact manifest."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import orjson
+import pyarrow as pa
+from campaigns import hundred_million
+from index_samples import get_keys, list_entries, write_metadata
+
+from sdxl_trainer.data.formats import manifest_columns
+from sdxl_trainer.data.formats.manifest import compact_parts, drop_damaged_lines, list_manifest_parts, read_latest
+from sdxl_trainer.data.index import index_file, join, latent_files, record_parts, sample_rows
+from sdxl_trainer.data.index.index import open_record_index, open_sample_index
+from sdxl_trainer.data.index.join import LatentSelection
+from sdxl_trainer.data.index.latent_files import LatentFiles
+from sdxl_trainer.data.index.listed_latents import build_listed_latents
+from sdxl_trainer.data.index.schema import PARTS
+from sdxl_trainer.data.metadata.records import parse_record
+from sdxl_trainer.data.order.plan import Plan, Position
+
+
+def list_parts(folder: Path, kind: str) -> set[str]:
+    return {path.name for path in (folder / "index" / PARTS).glob(f"{kind}-*")}
+
+
+def test_growth_reuses_the_parts_of_all_files_that_have_not_changed(tmp_path, monkeypatch):
+    """Records and latents that are added cost their own parts only, and equal an index that is built at once."""
+    monkeypatch.setattr(record_parts, "LARGE_BYTES", 1)
+    files = [tmp_path / f"{number}.jsonl" for number in range(4)]
+    for number, file in enumerate(files):
+        keys = [f"k{number}{'x' * row}" for row in range(12)]
+        file.write_text("".join(json.dumps({"key": key, "caption": f"of {key}"}) + "\n" for key in keys))
+    files[3].rename(tmp_path / "later")
+    list_entries(tmp_path, "k0", "k1x", "k2xxxxxxxxxx")
+    before = open_sample_index(tmp_path, open_record_index(tmp_path, [*files[:3]], []))
+    known = {kind: list_parts(tmp_path, kind) for kind in ("records", "listed")}
+    (tmp_path / "later").rename(files[3])
+    list_entries(tmp_path, "k3xxx", "k0", bucket=(96, 64))  # a new key, and another line of a known one
+    index = open_sample_index(tmp_path, open_record_index(tmp_path, files, []))
+    for kind, names in known.items():
+        assert names < list_parts(tmp_path, kind) and len(list_parts(tmp_path, kind)) == len(names) + 1
+    assert get_keys(before) == ["k0", "k1x", "k2xxxxxxxxxx"]
+    assert get_keys(index) == ["k0", "k1x", "k2xxxxxxxxxx", "k3xxx"]
+    assert index.column("bucket_width").tolist() == [96, 64, 64, 96]
+    assert [index.record(row)["caption"] for row in range(4)] == [f"of {key}" for key in get_keys(index)]
+    # A file that changes or goes takes its own part with it.
+    files[1].write_text(json.dumps({"key": "k1x", "caption": "new"}) + "\n")
+    index = open_sample_index(tmp_path, open_record_index(tmp_path, [files[0], files[1], files[3]], []))
+    assert get_keys(index) == ["k0", "k1x", "k3xxx"] and index.record(1)["caption"] == "new"
+
+
+def test_a_manifest_that_grows_every_day_has_few_files(tmp_path):
+    """Each line is read a few times in all, and no file of latents holds a line twice."""
+    folder, seen, num_read = tmp_path / "index" / PARTS, set(), 0
+    for day in range(60):
+        list_entries(tmp_path, *(f"k{day:02d}{number}" for number in range(day % 3 + 1)))
+        paths = build_listed_latents(tmp_path, folder).paths
+        new = LatentFiles(set(paths) - seen)
+        assert len(new.files) == 1 and len(paths) <= 7
+        num_read, seen = num_read + len(new), seen | set(paths)
+    latents = LatentFiles(paths)
+    keys = latents.take("key", np.arange(len(latents))).to_pylist()
+    assert keys == list(read_latest(tmp_path)) and len(keys) == 120 and num_read <= 7 * 120
+
+
+def test_a_manifest_of_columns_joins_as_its_lines_do(tmp_path, monkeypatch):
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {key: {} for key in "abc"})], [])
+    list_entries(tmp_path, "a", "b", "gone")
+    list_entries(tmp_path, "b", rank=1, bucket=(96, 64))
+    lines, rows = read_latest(tmp_path), [open_sample_index(tmp_path, records).row(row) for row in (0, 1)]
+    monkeypatch.setattr(manifest_columns, "SMALL_ROWS", 0)  # no merge
+    assert not compact_parts(tmp_path) and not list(tmp_path.glob("manifest/*.jsonl"))
+    assert read_latest(tmp_path) == lines
+    assert [open_sample_index(tmp_path, records).row(row) for row in (0, 1)] == rows
+    list_entries(tmp_path, "a", bucket=(96, 64))  # numbered after the columns
+    assert open_sample_index(tmp_path, records).row(0)["bucket_width"] == 96
+    [part] = tmp_path.glob("manifest/part-00000-*.parquet")
+    content = bytearray(part.read_bytes())
+    content[content.index(b"gone")] ^= 1
+    part.write_bytes(content)
+    damaged: list[str] = []
+    assert set(read_latest(tmp_path, damaged)) == {"a", "b"} and len(damaged) == 1
+    drop_damaged_lines(tmp_path)
+    assert not part.exists() and set(read_latest(tmp_path)) == {"a", "b"}
+
+
+def test_a_manifest_that_is_compacted_every_day_has_few_parts(tmp_path, monkeypatch):
+    monkeypatch.setattr(manifest_columns, "SMALL_ROWS", 20)
+    content = {f"k{number}": {} for number in range(40)}
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    rng = np.random.default_rng(0)
+    for day in range(8):
+        for rank in range(3):
+            keys = [f"k{number}" for number in rng.choice(40, 4, replace=False)]
+            list_entries(tmp_path, *keys, rank=rank, bucket=(64 + 8 * day, 64 + 8 * rank))
+        lines = read_latest(tmp_path)
+        assert not compact_parts(tmp_path)
+        assert read_latest(tmp_path) == lines
+        parts = list_manifest_parts(tmp_path)
+        assert len(parts) <= 1 + 12 * (day + 1) // 20 and {part.suffix for part in parts} == {".parquet"}
+    index = open_sample_index(tmp_path, records)
+    buckets = zip(index.column("bucket_width").tolist(), index.column("bucket_height").tolist(), strict=True)
+    assert dict(zip(get_keys(index), buckets, strict=True)) == {key: entry.bucket for key, entry in lines.items()}
+    # A part whose lines are damaged stays, and says so.
+    list_entries(tmp_path, "k1")
+    [part] = tmp_path.glob("manifest/*.jsonl")
+    part.write_bytes(part.read_bytes().replace(b"k1", b"k2"))
+    assert compact_parts(tmp_path) == [part] and part.is_file()
+
+
+def test_columns_whose_numbers_do_not_rise_are_not_merged(tmp_path):
+    """Of lines without numbers the last one in a part counts, which the order of numbers cannot keep."""
+    list_entries(tmp_path, "a", "b")
+    list_entries(tmp_path, "a", "c", rank=1, bucket=(96, 64))
+    [part] = tmp_path.glob("manifest/part-00001.jsonl")
+    lines = [{**orjson.loads(line), "listed_ns": 7} for line in part.read_bytes().splitlines()]
+    part.write_bytes(b"".join(orjson.dumps({k: v for k, v in line.items() if k != "crc32"}) + b"\n" for line in lines))
+    before = read_latest(tmp_path)
+    assert not compact_parts(tmp_path) and len(list_manifest_parts(tmp_path)) == 2
+    assert read_latest(tmp_path) == before and before["a"].bucket == (64, 96)
+
+
+def test_a_start_over_many_tables_with_a_manifest_of_columns(tmp_path, monkeypatch):
+    """A short form of tests/campaigns/hundred_million.py."""
+    monkeypatch.setattr(hundred_million, "MILLION", 1000)
+    made = hundred_million.make(tmp_path, 2500)
+    first = hundred_million.first(tmp_path, 2500)
+    assert made["manifest_bytes_an_item"] <= 110 and first["index_bytes_a_record"] <= 300
+    index, plan = hundred_million.open_plan(tmp_path)
+    batch = plan.batch(Position(0, 3))
+    rows = [index.row(row) for row in batch.rows.tolist()]
+    assert {row["bucket_width"] << 16 | row["bucket_height"] for row in rows} == {batch.bucket}
+    assert all(row["file"].startswith("shards/") and row["offset"] % 263_680 == 1024 for row in rows)
+    assert all(parse_record(row)["caption"].count(", ") == 13 for row in rows)
+    expected = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
+    other = Plan(expected, plan.global_batch_size, 0)  # of sorted buckets, not of the rows in the file
+    assert other.batch(Position(2, 1)).rows.tolist() == plan.batch(Position(2, 1)).rows.tolist()
+
+
+def read_head(path: Path) -> list:
+    head = index_file.IndexFile(path)
+    return [head.read_description(), *(batch.to_pydict() for batch in head.read_batches())]
+
+
+def test_a_large_index_is_read_whole_only_if_a_part_was_written_to(tmp_path, builds, monkeypatch):
+    metadata = write_metadata(tmp_path / "m.json", {f"k{n}": {"caption": f"words {n}"} for n in range(300)})
+    records = open_record_index(tmp_path, [metadata], [])
+    [part] = [file.path for file in records.list_parts()]
+    del records, builds[:]
+
+    def damage(keep_time: bool) -> None:
+        content, status = bytearray(part.read_bytes()), part.stat()
+        content[content.index(b"k7")] ^= 1
+        part.write_bytes(content)
+        if keep_time:
+            os.utime(part, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    monkeypatch.setattr(index_file, "CHECKED_BYTES", part.stat().st_size - 1)
+    damage(keep_time=True)  # as a disk does
+    open_record_index(tmp_path, [metadata], [])
+    assert not builds
+    monkeypatch.undo()  # a start that checks this part
+    assert open_record_index(tmp_path, [metadata], []).row(7)["key"] == "k7"
+    monkeypatch.setattr(index_file, "CHECKED_BYTES", 0)
+    damage(keep_time=False)
+    assert open_record_index(tmp_path, [metadata], []).row(7)["key"] == "k7"
+    # A copy is read whole once.
+    os.utime(part, (1, 1))
+    assert open_record_index(tmp_path, [metadata], []) and index_file.IndexFile(part).is_unchanged
+
+
+def test_each_start_checks_other_parts(tmp_path, monkeypatch):
+    paths, checked = [tmp_path / f"{number}.arrow" for number in range(4)], set()
+    for path in paths:
+        index_file.write_index_file(path, pa.schema([]), [])
+    verify = index_file.IndexFile.verify
+    monkeypatch.setattr(index_file.IndexFile, "verify", lambda file: (checked.add(file.path), verify(file)))
+    for sizes in (0, 1, 2, 4):
+        checked.clear()
+        monkeypatch.setattr(index_file, "CHECKED_BYTES", sizes * paths[0].stat().st_size)
+        assert index_file.are_undamaged(paths) and len(checked) == sizes
+    monkeypatch.setattr(index_file, "CHECKED_BYTES", paths[0].stat().st_size)
+    checked.clear()
+    for _ in range(200):
+        index_file.are_undamaged(paths)
+    assert checked == set(paths)
+    paths[2].unlink()
+    assert not index_file.are_undamaged(paths)
+
+
+def test_an_index_that_is_put_together_of_small_spans_has_the_same_rows(tmp_path, monkeypatch):
+    """Spans bound the memory of large sets. The rows, their buckets and their hash do not depend on them."""
+    content = {f"k{number}": {"caption": "x", "original_size": [100, 150]} for number in range(40)}
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", content)], [])
+    rng, selection = np.random.default_rng(0), LatentSelection(prefixes=("", "64px/"))
+    for prefix in selection.prefixes:
+        for rank, bucket in enumerate([(64, 96), (96, 64), (32, 32)]):
+            keys = [f"{prefix}k{number}" for number in rng.integers(48, size=20)]
+            list_entries(tmp_path, *keys, rank=rank, bucket=bucket)
+    for entry in ("10_dog/k1", "64px/k2"):  # of other records, and another key of an image without an entry
+        list_entries(tmp_path, entry)
+    whole = open_sample_index(tmp_path, records, selection)
+    expected = read_head(whole.path)
+    listed = read_latest(tmp_path)
+    counts = {prefix: sum(prefix + key in listed for key in content) for prefix in selection.prefixes}
+    assert whole.summary.identities == {prefix: {"": number} for prefix, number in counts.items()}
+    assert get_keys(whole) == [
+        prefix + key for prefix in selection.prefixes for key in content if prefix + key in listed
+    ]
+    whole.path.unlink()
+    for place, name in ((join, "HASHED_AT_ONCE"), (latent_files, "ROWS_AT_ONCE"), (sample_rows, "ROWS_AT_ONCE")):
+        monkeypatch.setattr(place, name, 7)
+    assert read_head(open_sample_index(tmp_path, records, selection).path) == expected
+    assert not [path for path in (tmp_path / "index").iterdir() if path.name.startswith("tmp")]
