@@ -99,7 +99,8 @@ def compact_cache(config: Config, problems: list[Problem]) -> None:
     with lock_cache(folder):
         before = _measure_manifest(folder)
         kept = compact_parts(folder)
-    logger.info("the manifest takes {:.1f} MB instead of {:.1f}", _measure_manifest(folder) / 1e6, before / 1e6)
+        after = _measure_manifest(folder)
+    logger.info("the manifest takes {:.1f} MB instead of {:.1f}", after / 1e6, before / 1e6)
     if kept:
         raise BadCacheError(f"{len(kept)} parts of the manifest are damaged and stay as lines; run with --repair")
 
