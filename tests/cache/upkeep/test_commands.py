@@ -17,7 +17,7 @@ from programs import FIXTURES
 from sdxl_trainer.cache.encode.storage import EncodedItem, NpzStorage, ShardStorage, list_shards, read_item, verify_item
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.formats.latents import pack_latents, parse_latents, read_latents
-from sdxl_trainer.data.formats.manifest import list_manifest_parts, read_identity, read_latest
+from sdxl_trainer.data.formats.manifest import read_identity, read_latest
 from sdxl_trainer.data.formats.shards import compute_sample_span, iterate_members
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
@@ -283,17 +283,6 @@ def test_pack_and_unpack_keep_every_byte(cache):
         }
         assert run_job(settings, *words) == 0
         assert json.loads((folder / "cache_report.json").read_text())["encoded"] == 0
-
-
-def test_a_compact_manifest_serves_every_command(cache, capsys):
-    settings, words, folder = cache
-    entries, items = read_latest(folder), hash_items(folder)
-    assert run_job(settings, *words, "--compact") == 0
-    [part] = list_manifest_parts(folder)
-    assert part.suffix == ".parquet" and read_latest(folder) == entries
-    assert run_job(settings, *words, "--verify") == 0 and run_job(settings, *words) == 0
-    assert hash_items(folder) == items and list_manifest_parts(folder) == [part]
-    assert "MB instead of" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("form", ["npz", "shards"])
