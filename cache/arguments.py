@@ -2,8 +2,11 @@
 
 import argparse
 from collections.abc import Sequence
+from typing import Any
 
 from sdxl_trainer.launch.program import build_parser
+
+COPY_OPTIONS = ("where", "rekey", "form", "part")
 
 CACHE = (
     "Encode your images into the latents that training reads. Run it again after you have added images: only what is "
@@ -39,8 +42,47 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     modes = parser.add_mutually_exclusive_group()
     for mode, text in MODES.items():
         modes.add_argument(f"--{mode}", action="store_true", help=argparse.SUPPRESS if adopts else text)
+    if not adopts:
+        add_copy_options(parser, modes)
     options = parser.parse_intermixed_args(words)
     options.command = next((mode for mode in MODES if mode != "repair" and getattr(options, mode)), None)
+    if not adopts:
+        check_copy_options(parser, options)
     if options.command and options.dry_run:
         parser.error(f"--{options.command} has no --dry-run")
     return options
+
+
+def add_copy_options(parser: argparse.ArgumentParser, modes: Any) -> None:
+    """Add the options that copy a cache."""
+    modes.add_argument(
+        "--copy-to",
+        metavar="TARGET",
+        help="copy the cache to a folder or a URL, check it there; continues if interrupted",
+    )
+    parser.add_argument(
+        "--where", metavar="QUERY", help="copy those items alone: 'aesthetic_score >= 5 and tags contains cat'"
+    )
+    parser.add_argument("--part", metavar="I/N", help="copy one of N parts of about equal size, such as 1/4")
+    parser.add_argument(
+        "--as",
+        dest="form",
+        choices=("npz", "kohya", "shards"),
+        help="form of the copy: npz files, npz files with the names of kohya's scripts, or shards (as it is)",
+    )
+    parser.add_argument(
+        "--rekey",
+        nargs=2,
+        metavar=("PATTERN", "NEW"),
+        help="replace a regular expression in the keys of the copy, such as '^' 'site_a_'",
+    )
+
+
+def check_copy_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Exit with status 2 if an option of copies is given without `--copy-to`."""
+    if options.copy_to:
+        options.command = "copy-to"
+        return
+    for name, option in zip(COPY_OPTIONS, ("--where", "--rekey", "--as", "--part"), strict=True):
+        if getattr(options, name):
+            parser.error(f"{option} needs --copy-to")

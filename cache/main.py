@@ -20,11 +20,16 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         announce("loading PyTorch and the libraries")
         from sdxl_trainer.cache.job import run_job
-        from sdxl_trainer.cache.upkeep.commands import COMMANDS
+        from sdxl_trainer.cache.upkeep.commands import COMMANDS, copy_cache
+        from sdxl_trainer.cache.upkeep.copy_request import CopyRequest
         from sdxl_trainer.configs.load import load_config
 
         config, problems = load_config(options.cfg, options.overrides)
-        if options.command:
+        if options.command == "copy-to":
+            rekey = tuple(options.rekey) if options.rekey else None
+            request = CopyRequest(options.copy_to, options.where, rekey, options.form, options.part)
+            copy_cache(config, problems, request)
+        elif options.command:
             COMMANDS[options.command](config, problems)
         else:
             run_job(config, problems, dry_run=options.dry_run, repair=options.repair)

@@ -1,1 +1,1 @@
-"""Maintenance of a filled cache: verify, repack, and adopt files of other programs."""
+"""Maintenance of a filled cache: verify, repack, copy, and adopt files of other programs."""

@@ -21,9 +21,11 @@ from sdxl_trainer.cache.encode.text_caching import (
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
+from sdxl_trainer.cache.upkeep.copy_request import CopyRequest
+from sdxl_trainer.cache.upkeep.copying import choose_work_folder, run_copy
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import (
@@ -173,6 +175,27 @@ def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
     return TextAdopter(requirement, compute_text_shapes(model, data.max_tokens), folder)
 
 
+def copy_cache(config: Config, problems: list[Problem], request: CopyRequest) -> None:
+    """Copy the cache, or a subset, to a folder or a store.
+
+    Raises:
+        BadCacheError: at least one item is bad; the others are copied.
+        UserInputError, FailedError: as `run_copy`.
+    """
+    own = get_cache_folder(config)
+    is_read_only = own.is_dir() and not os.access(own, os.W_OK)
+    folder = _open_existing(config, problems, choose_work_folder(own, request.target) if is_read_only else None)
+    if folder is None:
+        return
+    result = run_copy(config, folder, request)
+    logger.info(
+        "{} copied to {} ({:.1f} MB)", format_count(result.num_copied, "item"), request.target, result.num_bytes / 1e6
+    )
+    if result.bad:
+        warn_of_bad_items("bad item is not copied", result.bad.values(), folder)
+        raise BadCacheError(f"{format_count(len(result.bad), 'item')} bad and not copied; the others are at the target")
+
+
 def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> None:
     """Copy all items to shards or to npz files, and delete the files that they replace.
 
@@ -218,8 +241,11 @@ def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> N
         raise BadCacheError(f"{len(result.bad)} items are bad and stay where they are: {shown}")
 
 
-def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
+def _open_existing(config: Config, problems: list[Problem], logs: Path | None = None) -> Path | None:
     """Return the cache folder on rank 0, None on other ranks.
+
+    Args:
+        logs: folder of the log; that of the cache by default.
 
     Raises:
         UserInputError: the settings are wrong, or there is no cache.
@@ -231,7 +257,7 @@ def _open_existing(config: Config, problems: list[Problem]) -> Path | None:
     if not (folder / "cache.json").is_file():
         cure = "run bash launch/cache.sh first, with --adopt for latents of other programs"
         raise UserInputError([Problem("cache.dir", folder, "holds no latent cache", cure)])
-    init_logger(0, config.log.level, folder / "logs", "cache")
+    init_logger(0, config.log.level, logs or folder / "logs", "cache")
     return folder
 
 
