@@ -47,7 +47,7 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
     options = parser.parse_intermixed_args(words)
     options.command = next((mode for mode in MODES if mode != "repair" and getattr(options, mode)), None)
     if not adopts:
-        check_copy_options(parser, options)
+        choose_copy(parser, options)
     if options.command and options.dry_run:
         parser.error(f"--{options.command} has no --dry-run")
     return options
@@ -78,8 +78,8 @@ def add_copy_options(parser: argparse.ArgumentParser, modes: Any) -> None:
     )
 
 
-def check_copy_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    """Exit with status 2 if an option of copies is given without `--copy-to`."""
+def choose_copy(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Make the copy the command if it is asked for; exit with status 2 if only its options are."""
     if options.copy_to:
         options.command = "copy-to"
         return

@@ -1,4 +1,4 @@
-"""Settings of checkpoints and exported models: `checkpoint`, and `about` with facts for model files."""
+"""Settings of checkpoints and exported models, `checkpoint` and `about`."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -39,8 +39,8 @@ class CheckpointConfig(Section):
 
 
 class AboutConfig(Section):
-    """Facts about the model for model files (modelspec 1.0.1) and the model card. Everything here becomes public with
-    the model."""
+    """Description of the model in model files (modelspec 1.0.1) and in the model card. Everything here becomes public
+    with the model."""
 
     title: Text | None = None
     """Title of the model. The default is `run.name`."""

@@ -1,4 +1,4 @@
-"""What a copy of a cache is asked to do: its target, a subset by a query on records, other keys, another form."""
+"""The request of a copy: its target, a subset by a query on records, other keys, another form."""
 
 import hashlib
 import re
@@ -19,7 +19,7 @@ PART = re.compile(r"([1-9]\d{0,5})/([1-9]\d{0,5})")
 
 @dataclass(frozen=True)
 class CopyRequest:
-    """What to copy, named as the command line's options."""
+    """A request to copy a cache, named as the command line's options."""
 
     target: str  # folder or URL
     where: str | None = None

@@ -1,4 +1,4 @@
-"""Where a copy of a cache goes: a folder, or a place on a store. Files appear there whole, and are checked there."""
+"""Targets of a copy: folders, and places on a store. Files appear there whole, and are checked there."""
 
 import os
 import re

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -44,7 +44,7 @@ IDENTITY_FILES = {"cache.json": ("name", "further"), "text.json": ("name",)}  # 
 
 @dataclass
 class Journal:
-    """What has arrived at a target so far: a manifest of its own in a local folder."""
+    """The items that have arrived at a target so far, in a manifest of its own in a local folder."""
 
     folder: Path
     number: int  # of the part of the target's manifest that this becomes
@@ -111,9 +111,8 @@ def choose_work_folder(folder: Path, target: str) -> Path:
     return (folder / "logs" if os.access(folder, os.W_OK) else Path(tempfile.gettempdir(), "sdxl-trainer")) / name
 
 
-def check_identity(folder: Path, target: CopyTarget, request: CopyRequest) -> list[Problem]:
-    """Return a problem for each file at the target that says that its latents or its text are of other settings."""
-    problems = []
+def check_identity(folder: Path, target: CopyTarget, request: CopyRequest) -> Iterator[Problem]:
+    """Yield a problem for each file at the target that says that its latents or its text are of other settings."""
     for name, keys in IDENTITY_FILES.items():
         found, own = target.read(name), folder / name
         if found is None or not own.is_file():
@@ -122,8 +121,7 @@ def check_identity(folder: Path, target: CopyTarget, request: CopyRequest) -> li
         if any(there.get(key) != here.get(key) for key in keys):
             differing = {key for key in {*there, *here} - {"vae", "files"} if there.get(key) != here.get(key)}
             rule = f"holds a cache of other settings: its {name} differs in {', '.join(sorted(differing))}"
-            problems.append(Problem("--copy-to", request.target, rule, "give another target"))
-    return problems
+            yield Problem("--copy-to", request.target, rule, "give another target")
 
 
 def _load(content: bytes) -> dict:
@@ -146,7 +144,7 @@ def copy_items(
     """Copy what is not at the target yet, then write its identity and last its manifest."""
     journal = open_journal(target, folder, request)
     remaining = list_remaining(items, read_target_manifest(target, journal), journal.done, request)
-    check_space(target, remaining, request)
+    raise_if_any(check_space(target, remaining, request))
     megabytes, num_there = sum(item.source.bytes for item in remaining) / 1e6, len(items) - len(remaining)
     logger.info("{} to copy ({:.1f} MB); {} there already", format_count(len(remaining), "item"), megabytes, num_there)
     result = CopyResult()
@@ -258,17 +256,13 @@ def _hash_item(entry: ManifestEntry) -> tuple[str, str | None]:
     return entry.sha256, entry.text.sha256 if entry.text else None
 
 
-def check_space(target: CopyTarget, items: list[CopiedItem], request: CopyRequest) -> None:
-    """Raise if a disk has less space than the items take.
-
-    Raises:
-        UserInputError: the space is too small.
-    """
+def check_space(target: CopyTarget, items: list[CopiedItem], request: CopyRequest) -> Iterator[Problem]:
+    """Yield a problem if a disk has less space than the items take."""
     free, needed = target.free_bytes(), sum(compute_size(item.source) for item in items)
     if free is not None and needed > free:
         rule = f"has {free:,} bytes free and the copy needs about {needed:,}"
         cure = "free some space, give another target, or copy a part by --part or --where"
-        raise UserInputError([Problem("--copy-to", request.target, rule, cure)])
+        yield Problem("--copy-to", request.target, rule, cure)
 
 
 def count_shards(done: Mapping[str, ManifestEntry]) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""Facts about a model for its file: the keys of modelspec that a person decides, and the thumbnail."""
+"""The description in a model file: the keys of modelspec that a person decides, and the thumbnail."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""Facts for a model card, read from the model file and from the folder of its run."""
+"""The facts of a model card, read from the model file and from the folder of its run."""
 
 import shutil
 from collections.abc import Mapping

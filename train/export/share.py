@@ -17,7 +17,7 @@ from sdxl_trainer.train.export.model_run import ModelRun, load_run_config
 
 @dataclass(frozen=True, kw_only=True)
 class Sharing:
-    """Actions on a model file or folder, named as the command line's options."""
+    """Ways to share a model file or folder, named as the command line's options."""
 
     push: str | None = None  # hub id to upload to
     private: bool = False

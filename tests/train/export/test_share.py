@@ -15,7 +15,7 @@ from PIL import Image
 from programs import ROOT
 from safetensors import safe_open
 from safetensors.torch import save_file
-from servers.hub import READ_TOKEN, TOKEN, Hub, serve_hub
+from servers.hub_server import READ_TOKEN, TOKEN, Hub, serve_hub
 
 from sdxl_trainer.train.convert import main
 
