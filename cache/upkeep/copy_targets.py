@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Protocol
@@ -12,10 +13,13 @@ from sdxl_trainer.cache.encode.cache_setup import lock_cache
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.files import write_atomic
-from sdxl_trainer.data.stores.remote import is_remote
+from sdxl_trainer.data.stores.remote import StoreError, download, is_remote
+from sdxl_trainer.data.stores.uploads import delete_objects, list_objects, put_bytes, read_bytes, upload_file
 
+NUM_UPLOADS = 8  # at once
 NUMBERED = re.compile(r"(?:manifest/part-(\d+)[.\-].*|shards/\d+x\d+-(\d+)-\d+\.tar)")
 JOURNAL = ".copy"  # in a target that is a folder
+PERMISSION_CURE = "give the credentials the right to read and write it, or check the address"
 
 
 class CopyTarget(Protocol):
@@ -113,10 +117,70 @@ class FolderTarget:
         return shutil.disk_usage(next(path for path in (self.root, *self.root.parents) if path.exists())).free
 
 
+class StoreTarget:
+    """A place on a store. Files are built in a local folder, uploaded, compared with what the store holds, and deleted.
+
+    Args:
+        url: of the target, without a slash at its end.
+        work: local folder for the journal and for what is being uploaded.
+    """
+
+    def __init__(self, url: str, work: Path):
+        self._url = url
+        self.root, self.journal = work / "upload", work
+        self._names: set[str] | None = None  # what is there, when it was last listed
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        finally:
+            shutil.rmtree(self.root, ignore_errors=True)
+
+    def list_names(self) -> set[str]:
+        self._names = {item.url.removeprefix(f"{self._url}/") for item in list_objects(self._url)}
+        return self._names
+
+    def has(self, name: str) -> bool:
+        return name in (self.list_names() if self._names is None else self._names)
+
+    def read(self, name: str) -> bytes | None:
+        try:
+            return read_bytes(f"{self._url}/{name}")
+        except FileNotFoundError:
+            return None
+
+    def fetch(self, name: str, path: Path) -> None:
+        download(f"{self._url}/{name}", path)
+
+    def publish(self, names: Iterable[str], verify: Callable[[], None]) -> None:
+        verify()
+
+        def upload(name: str) -> None:
+            upload_file(self.root / name, f"{self._url}/{name}")
+            (self.root / name).unlink()
+
+        with ThreadPoolExecutor(NUM_UPLOADS, thread_name_prefix="upload") as pool:
+            list(pool.map(upload, names))
+
+    def write(self, name: str, content: bytes) -> None:
+        put_bytes(content, f"{self._url}/{name}")
+
+    def delete(self, names: Iterable[str]) -> None:
+        delete_objects([f"{self._url}/{name}" for name in names])
+
+    def free_bytes(self) -> int | None:
+        return None
+
+
 def check_target(target: str, source: Path) -> Iterator[Problem]:
     """Yield a problem if a cache cannot be copied to a target: it is the cache itself, or cannot be written."""
     if is_remote(target):
-        yield Problem("--copy-to", target, "is a URL, and a copy goes to a folder", "copy to a folder, and upload that")
+        try:
+            list_objects(target.rstrip("/"))
+        except (StoreError, OSError) as error:
+            yield Problem("--copy-to", target, f"cannot be used: {error}", PERMISSION_CURE)
         return
     folder, own = Path(target).absolute().resolve(), source.absolute().resolve()
     if folder == own or own in folder.parents:
@@ -126,8 +190,12 @@ def check_target(target: str, source: Path) -> Iterator[Problem]:
 
 
 def open_target(target: str, work: Path) -> CopyTarget:
-    """Return the target that a folder names."""
-    return FolderTarget(Path(target))
+    """Return the target that a folder or a URL names.
+
+    Args:
+        work: local folder for a copy to a store.
+    """
+    return StoreTarget(target.rstrip("/"), work) if is_remote(target) else FolderTarget(Path(target))
 
 
 def choose_number(names: Iterable[str]) -> int:

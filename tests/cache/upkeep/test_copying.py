@@ -258,3 +258,32 @@ def test_a_stopped_copy_of_another_request_leaves_nothing(
     assert {f"shards/{path.name}" for path in (target / "shards").iterdir()} == {
         entry.file for entry in read_latest(target).values()
     }
+
+
+def test_a_copy_on_a_store_is_the_same(filled: Path, tmp_path: Path, stopping: list[CopyUnit]) -> None:
+    """To a real S3 server, stopped and continued; a second cache is merged there; all of it comes back."""
+    s3fs = pytest.importorskip("s3fs")
+    pytest.importorskip("moto.server")
+    from servers.object_store import serve_store
+
+    with serve_store():
+        s3fs.S3FileSystem.clear_instance_cache()
+        store = s3fs.S3FileSystem()
+        store.mkdir("copies")
+        url = "s3://copies/set/one"
+        with pytest.raises(KeyboardInterrupt):
+            copy(filled, "shards", "--copy-to", url)
+        store.invalidate_cache()
+        assert not store.exists("copies/set/one/cache.json") and len(store.find("copies/set/one")) == 2
+        assert copy(filled, "shards", "--copy-to", url) == 0
+        assert copy(filled, "npz", "--copy-to", f"{url}/", "--rekey", "$", "_b", "--as", "kohya") == 0
+        assert copy(filled, "npz", "--copy-to", url, "--rekey", "$", "_b", "--as", "kohya") == 0  # nothing to do
+        store.invalidate_cache()
+        store.get("copies/set/one", str(tmp_path / "back"), recursive=True)
+    assert not list((filled / "shards" / "logs").glob("copy-*"))
+    hashes = hash_items(filled / "shards")
+    assert read_all(tmp_path / "back") == hashes | {f"{key}_b": value for key, value in hashes.items()}
+    # Each unit once, apart from the one in which the copy was stopped.
+    shards = [unit.shard for unit in stopping if unit.shard]
+    assert len(shards) == len(set(shards)) + 1
+    s3fs.S3FileSystem.clear_instance_cache()
