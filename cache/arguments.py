@@ -18,6 +18,7 @@ ADOPT = (
 )
 EXAMPLES = ("%(prog)s --cfg my.yaml --dry-run", "%(prog)s --cfg my.yaml", "%(prog)s --cfg my.yaml --verify")
 DRY_RUN = "check settings and images, print how much is left to encode and how long it takes, then stop"
+EVERY_BYTE = "with --verify or --repair of a cache on a store: copy each shard and check its every byte"
 MODES = {
     "verify": "check every byte against the manifest",
     "repair": "verify, then encode bad and stale items again",
@@ -44,7 +45,10 @@ def parse_arguments(words: Sequence[str]) -> argparse.Namespace:
         modes.add_argument(f"--{mode}", action="store_true", help=argparse.SUPPRESS if adopts else text)
     if not adopts:
         add_copy_options(parser, modes)
+        parser.add_argument("--every-byte", action="store_true", help=EVERY_BYTE)
     options = parser.parse_intermixed_args(words)
+    if getattr(options, "every_byte", False) and not (options.verify or options.repair):
+        parser.error("--every-byte goes with --verify or --repair")
     options.command = next((mode for mode in MODES if mode != "repair" and getattr(options, mode)), None)
     if not adopts:
         choose_copy(parser, options)

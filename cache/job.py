@@ -1,9 +1,7 @@
 """The cache job: check settings and data, plan the work, encode on all ranks, and report."""
 
-import shutil
 from collections import Counter
 from collections.abc import Container, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +18,6 @@ from sdxl_trainer.cache.encode.bad_images import (
 )
 from sdxl_trainer.cache.encode.cache_setup import (
     build_identities,
-    lock_cache_for_ranks,
     open_checked_index,
     write_identities,
 )
@@ -44,7 +41,7 @@ from sdxl_trainer.cache.encode.estimate import (
 from sdxl_trainer.cache.encode.latent_encoder import VaeEncoder, build_vae_encoder
 from sdxl_trainer.cache.encode.pipeline import Pipeline, TextJob
 from sdxl_trainer.cache.encode.progress import ProgressReporter, RankProgress, write_cache_report
-from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, Storage, clear_item_leftovers, clear_leftovers
+from sdxl_trainer.cache.encode.storage import clear_item_leftovers
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
     compute_text_identity,
@@ -52,8 +49,8 @@ from sdxl_trainer.cache.encode.text_caching import (
     load_text_job,
     save_text_state,
 )
-from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
-from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
+from sdxl_trainer.cache.upkeep.target import CacheTarget, open_target_for_ranks
+from sdxl_trainer.cache.upkeep.verify import warn_of_bad_items
 from sdxl_trainer.configs.problems import (
     FailedError,
     Problem,
@@ -66,8 +63,6 @@ from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
-    ManifestWriter,
-    drop_damaged_lines,
     read_latest,
 )
 from sdxl_trainer.data.images.masks import check_masks
@@ -106,8 +101,13 @@ class RankResult:
     interrupted: int | None = None  # number of the signal that stopped the rank
 
 
-def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repair: bool = False) -> None:
+def run_job(
+    config: Config, problems: list[Problem], dry_run: bool = False, repair: bool = False, every_byte: bool = False
+) -> None:
     """Encode every image that is missing in the cache or stale; with `repair`, only cached items that are bad or stale.
+
+    Args:
+        every_byte: with `repair`, read the shards of a cache on a store, instead of comparing the store's checksums.
 
     Raises:
         UserInputError: settings (`problems`, which are reported alone) or data are wrong; all problems at once.
@@ -128,16 +128,17 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
     vae = load_cache_vae(config.model, folder, ranks, may_replace=repair)
     identities = build_identities(config.cache, config.data, vae.own)
     text = resolve_text_requirement(config, folder, ranks)
-    with nullcontext() if dry_run else lock_cache_for_ranks(folder, ranks):
+    with open_target_for_ranks(config, ranks, dry_run) as target:
         parts = [
             build_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
             for prefix, rule in build_bucket_rules(config.data).items()
         ]
         ACTIVITY.enter("opening the cache")
-        state = open_cache(folder, ranks, frozenset(key for part in parts for key in part.keys), repair, dry_run)
+        keys = frozenset(key for part in parts for key in part.keys)
+        state = open_cache(target, ranks, keys, config.cache if repair else None, dry_run, every_byte)
         known_only = repair and not state.lines_lost
         entries = state.entries | find_moved(config, index, parts, state.entries, state.bad)
-        planner = build_planner(config, index, entries, text, known_only)
+        planner = build_planner(config, index, entries, text, known_only, target.list_stored())
         ACTIVITY.enter("planning the work")
         plans = [planner.plan(part) for part in parts]
         bad = BadImages(folder, hash_rules(config), ranks.world_size)
@@ -146,7 +147,7 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
         shares = gather_objects([plan.totals for plan in plans])
         with share_problems():
             if ranks.is_main:
-                report_plan(config.data, folder, index, shares)
+                report_plan(config.data, target, index, shares)
         ACTIVITY.enter("loading the networks")
         encoder = build_vae_encoder(config.cache, vae.network, ranks.device)
         text_job = prepare_text_job(config, plans, text, ranks, dry_run)
@@ -157,10 +158,10 @@ def run_job(config: Config, problems: list[Problem], dry_run: bool = False, repa
             if ranks.is_main:
                 write_identities(folder, identities, vae.own)
             ACTIVITY.enter("encoding images")
-            result = encode_plans(config, plans, encoder, text_job, ranks, stop, bad)
+            result = encode_plans(config, plans, encoder, text_job, ranks, stop, bad, target)
             results = gather_objects(result)
             ACTIVITY.enter("finishing the cache")
-            finish(config, folder, len(index) * len(plans), results, ranks)
+            finish(config, target, len(index) * len(plans), results, ranks)
         elif ranks.is_main:
             num_known = sum(totals.counts["bad"] for share in shares for totals in share)
             report_opened_images(config.data, estimates, len(index) * len(plans), num_known)
@@ -176,40 +177,47 @@ def resolve_text_requirement(config: Config, folder: Path, ranks: Ranks) -> Text
     return build_text_requirement(model, data, cache, broadcast_object(own))
 
 
-def open_cache(folder: Path, ranks: Ranks, keys: Container[str], repair: bool, dry_run: bool) -> CacheState:
+def open_cache(
+    target: CacheTarget,
+    ranks: Ranks,
+    keys: Container[str],
+    repair: CacheConfig | None,
+    dry_run: bool,
+    every_byte: bool = False,
+) -> CacheState:
     """Read the manifest's newest entries of this rank's keys.
 
-    Rank 0 first finishes the shards that a killed job left, and with `repair` verifies every byte. A bad item gets an
+    Rank 0 first finishes the shards that a killed job left, and with `repair` verifies the cache. A bad item gets an
     identity that no settings have, so that it counts as stale; bad text is removed from the manifest. A dry run writes
     nothing, because another job may be running.
+
+    Args:
+        repair: the settings of the cache for a repair; None repairs nothing.
     """
+    folder = target.folder
     bad: dict[str, str] = {}
     damaged: list[str] = []
     if ranks.is_main and not dry_run:
-        clear_leftovers(folder)
-    if ranks.is_main and repair:
+        target.clear_leftovers()
+    if ranks.is_main and repair is not None:
         entries = read_latest(folder, damaged)
-        result = verify_entries(folder, entries)
+        result = target.verify(entries, every_byte)
         bad = result.bad
         warn_of_bad_items("bad item is encoded again", result.reasons, folder)
         if not dry_run:
-            drop_damaged_lines(folder)
-            append_entries(folder, [replace(entries[key], text=None) for key in result.bad_text])
+            target.drop_damaged_lines()
+            manifest = target.build_writers(repair, 0).manifest
+            for key in result.bad_text:
+                manifest.append(replace(entries[key], text=None))
+            manifest.close()
+            target.finish()
     bad, lines_lost = broadcast_object((bad, bool(damaged)))
     entries = read_latest(folder, keys=keys)
     marked = {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}
     return CacheState(marked, lines_lost, bad)
 
 
-def append_entries(folder: Path, entries: Sequence[ManifestEntry]) -> None:
-    """Append entries to the manifest; they replace earlier ones of the same key."""
-    manifest = ManifestWriter(folder, 0)
-    for entry in entries:
-        manifest.append(entry)
-    manifest.close()
-
-
-def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[Sequence[PlanTotals]]) -> None:
+def report_plan(data: DataConfig, target: CacheTarget, index: Index, shares: Sequence[Sequence[PlanTotals]]) -> None:
     """Log how many images are cached, how many will be encoded, and the disk space that the latents need.
 
     Args:
@@ -220,7 +228,7 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[S
     """
     totals = [each for share in shares for each in share]
     counts = sum((each.counts for each in totals), Counter())
-    needed, free = sum(each.bytes_needed for each in totals), shutil.disk_usage(folder).free
+    folder, free, needed = target.folder, target.get_free_bytes(), sum(each.bytes_needed for each in totals)
     to_do = sum(each.num_items for each in totals)
     states = ", ".join(f"{counts[state]} {state}" for state in STATES if counts[state])
     logger.info("{} images ({}); {} to do on {}", len(index), states, to_do, format_count(len(shares), "rank"))
@@ -229,6 +237,9 @@ def report_plan(data: DataConfig, folder: Path, index: Index, shares: Sequence[S
         report_masks(data.masks, counts["masked"], len(index))
     if counts["text"]:
         logger.info("captions of {} images will be encoded", counts["text"])
+    if free is None:
+        logger.info("about {:.1f} MB to upload", needed / 1e6)
+        return
     logger.info("about {:.1f} MB to write, {:.1f} GB free in {}", needed / 1e6, free / 1e9, folder)
     if needed > free:
         rule = f"has {free:,} bytes free and the latents need about {needed:,}"
@@ -290,14 +301,15 @@ def encode_plans(
     ranks: Ranks,
     stop: StopRequest,
     bad: BadImages,
+    target: CacheTarget,
 ) -> RankResult:
     """Encode this rank's items. A stop signal ends the work between two batches."""
-    folder, cache = get_cache_folder(config), config.cache
+    folder, cache = target.folder, config.cache
     reporter = ProgressReporter(ranks, sum(plan.num_items for plan in plans))
     reporter.progress.bad = len(bad.lines)
     # An image that a killed job was writing is still to be encoded, so its folder is among these.
     clear_item_leftovers(folder, {item.file for plan in plans for item in (*plan.items, *plan.texts)})
-    manifest = ManifestWriter(folder, ranks.rank)
+    storage, manifest = target.build_writers(cache, ranks.rank)
     for plan in plans:
         for entry in plan.refreshed:
             manifest.append(entry)
@@ -307,7 +319,7 @@ def encode_plans(
         reason = f"{entry.source_path}: its latents cannot be named {entry.file}: {error.strerror}"
         bad.add(entry.key, entry.source_path, ValueError(reason))
 
-    writer = BackgroundWriter(build_storage(cache, folder, ranks.rank), manifest, skip_item)
+    writer = BackgroundWriter(storage, manifest, skip_item)
     interrupted = None
     try:
         for plan in plans:
@@ -341,14 +353,7 @@ def encode_plans(
     return RankResult(reporter.progress, bad.lines, interrupted)
 
 
-def build_storage(cache: CacheConfig, folder: Path, rank: int) -> Storage:
-    """Build the storage that `cache.format` names."""
-    if cache.format == "npz":
-        return NpzStorage(folder, cache.dtype)
-    return ShardStorage(folder, cache.dtype, rank, cache.shard_mb * 1_000_000)
-
-
-def finish(config: Config, folder: Path, num_images: int, results: list[RankResult], ranks: Ranks) -> None:
+def finish(config: Config, target: CacheTarget, num_images: int, results: list[RankResult], ranks: Ranks) -> None:
     """Replace outdated shards, write the report, and raise if the work was stopped or failed.
 
     Raises:
@@ -357,11 +362,12 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
     """
     signals = [result.interrupted for result in results if result.interrupted is not None]
     bad = [line for result in results for line in result.bad]
-    file = None
+    file, folder = None, target.folder
     if ranks.is_main:
         file = write_bad_images(folder, bad)
+        target.finish()
         if not signals:
-            replace_shards(config.cache, folder)
+            target.replace_shards(config.cache)
         write_cache_report(folder, [result.progress for result in results], read_latest(folder))
     wait_for_ranks("the report and the replaced shards")
     if signals:
@@ -373,12 +379,3 @@ def finish(config: Config, folder: Path, num_images: int, results: list[RankResu
             f"{config.data.max_bad_fraction:g}; they are listed in {file}; all others are cached. Repair or "
             "remove them and run the same command again, or raise data.max_bad_fraction"
         )
-
-
-def replace_shards(cache: CacheConfig, folder: Path) -> None:
-    """Replace the shards that hold items which were encoded again elsewhere."""
-    manifest = ManifestWriter(folder, 0)
-    storage = ShardStorage(folder, cache.dtype, 0, cache.shard_mb * 1_000_000)
-    for shard in replace_outdated_shards(folder, read_latest(folder), storage, manifest):
-        logger.info("replaced {}, which was partly out of date", shard)
-    manifest.close()

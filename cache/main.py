@@ -30,9 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
             request = CopyRequest(options.copy_to, options.where, rekey, options.form, options.part)
             copy_cache(config, problems, request)
         elif options.command:
-            COMMANDS[options.command](config, problems)
+            further = {"every_byte": True} if options.command == "verify" and options.every_byte else {}
+            COMMANDS[options.command](config, problems, **further)
         else:
-            run_job(config, problems, dry_run=options.dry_run, repair=options.repair)
+            every_byte = options.repair and options.every_byte
+            run_job(config, problems, dry_run=options.dry_run, repair=options.repair, every_byte=every_byte)
 
     return run_program(work)
 

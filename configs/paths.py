@@ -52,3 +52,11 @@ def parse_path(text: str) -> Path:
 def remove_file_scheme(name: Path | str) -> Path | str:
     """Return the path that a `file://` URL names, and any other path or URL unchanged."""
     return name.removeprefix("file://") if isinstance(name, str) else name
+
+
+def tell_url_from_path(name: Path | str | None) -> Path | str | None:
+    """Return a URL as text without a slash at its end, and a path, also one that a `file://` URL names, as a path."""
+    if name is None or isinstance(name, Path):
+        return name
+    text = name.removeprefix("file://")
+    return text.rstrip("/") if "://" in text else Path(text)

@@ -15,7 +15,7 @@ from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.lora import LoraConfig
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.optim import OptimConfig
-from sdxl_trainer.configs.paths import IS_PATH, remove_file_scheme
+from sdxl_trainer.configs.paths import IS_PATH, remove_file_scheme, tell_url_from_path
 from sdxl_trainer.configs.samples import SampleConfig
 from sdxl_trainer.configs.section import Section
 from sdxl_trainer.configs.validation import ValidationConfig
@@ -261,9 +261,16 @@ class DataConfig(Section):
 class CacheConfig(Section):
     """The latent cache, written by the cache job (`bash launch/cache.sh`) and read by training."""
 
-    dir: Path | None = None
-    """Cache folder. Without it, latents are written beside the images, and the manifest into the folder of the first
-    metadata file or image folder."""
+    dir: Path | str | None = None
+    """Cache folder, or the URL of one on a store (`s3://`, `gs://`, `az://`, `hf://`), which needs `cache.format:
+    shards` (docs/CACHE.md). Without it, latents are written beside the images, and the manifest into the folder of the
+    first metadata file or image folder."""
+    spool: Path | None = None
+    """Folder on a local disk where the cache job builds the shards of a cache on a store before they are uploaded. The
+    default lies in `run.dir`."""
+    spool_gb: float = Field(50.0, gt=0)
+    """Maximum size of `cache.spool`, in gigabytes, for all ranks of a node. It must hold two shards of `cache.shard_mb`
+    for each rank. Full shards need more: one for each bucket."""
     format: Literal["npz", "shards"] = "npz"
     """`npz` writes one file per image, as kohya's scripts do. `shards` writes webdataset tar files, each with samples
     of one bucket; prefer it for very large sets and for remote stores."""
@@ -303,6 +310,11 @@ class CacheConfig(Section):
     tile_above_px: int = Field(0, ge=0)
     """Encode images whose longer side exceeds this number of pixels in overlapping tiles, which takes less memory; 0
     never does."""
+
+    @field_validator("dir")
+    @classmethod
+    def _tell_urls_from_paths(cls, name: Path | str | None) -> Path | str | None:
+        return tell_url_from_path(name)
 
 
 class EmaConfig(Section):

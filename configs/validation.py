@@ -5,7 +5,7 @@ from typing import Any
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from sdxl_trainer.configs.paths import remove_file_scheme
+from sdxl_trainer.configs.paths import remove_file_scheme, tell_url_from_path
 from sdxl_trainer.configs.section import Section
 
 MAX_SHARE = 0.5
@@ -26,9 +26,9 @@ class ValidationConfig(Section):
     in this set are left out of training."""
     image_dirs: list[Path] = []
     """Image folders of a separate validation set, like `data.image_dirs`."""
-    cache_dir: Path | None = None
-    """Cache folder with the latents of a separate validation set, written by the cache job with the same settings
-    (docs/TRAINING.md). The default is `cache.dir`."""
+    cache_dir: Path | str | None = None
+    """Cache folder, or URL of one on a store, with the latents of a separate validation set, written by the cache job
+    with the same settings (docs/TRAINING.md). The default is `cache.dir`."""
     every_steps: int = Field(0, ge=0)
     """Optimizer steps between validations; 0 validates only at the end."""
     at_start: bool = False
@@ -65,6 +65,11 @@ class ValidationConfig(Section):
     @classmethod
     def _resolve_file_urls(cls, metadata: list[Path | str]) -> list[Path | str]:
         return [remove_file_scheme(name) for name in metadata]
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _tell_urls_from_paths(cls, name: Path | str | None) -> Path | str | None:
+        return tell_url_from_path(name)
 
     @field_validator("every_steps", "at_start")
     @classmethod

@@ -4,10 +4,11 @@ import errno
 import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 from sdxl_trainer.cache.encode.storage import EncodedItem, Storage
 from sdxl_trainer.data.counted_warnings import CountedWarnings
-from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry
 
 # Errors that concern the file of one item alone: its name is too long or cannot be stored, or is a folder's.
 NAME_ERRORS = {errno.ENAMETOOLONG, errno.EILSEQ, errno.ENOTDIR, errno.EISDIR, errno.EEXIST}
@@ -17,6 +18,22 @@ def build_name_warnings() -> Callable[[ManifestEntry, OSError], None]:
     """Return a function that logs which latents are not stored, and counts them once there are many."""
     warnings = CountedWarnings("latents not stored", "the log file")
     return lambda entry, error: warnings.add(f"{entry.source_path}: {entry.file}: {error.strerror}")
+
+
+class Manifest(Protocol):
+    """Lists items that are stored."""
+
+    def append(self, entry: ManifestEntry) -> None:
+        """List an item that is on disk."""
+        ...
+
+    def sync(self) -> None:
+        """Flush everything that was appended. What it replaces may be deleted afterwards."""
+        ...
+
+    def close(self) -> None:
+        """Flush everything and end."""
+        ...
 
 
 class BackgroundWriter:
@@ -34,7 +51,7 @@ class BackgroundWriter:
     def __init__(
         self,
         storage: Storage,
-        manifest: ManifestWriter,
+        manifest: Manifest,
         skip_item: Callable[[ManifestEntry, OSError], None] | None = None,
         num_threads: int = 4,
         max_in_flight: int = 32,

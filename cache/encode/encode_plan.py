@@ -178,6 +178,7 @@ class EncodePlanner:
         known_only: count images without an entry, but do not encode them.
         masks: finder of mask files; None if there are no mask files.
         refused: reasons why images cannot be encoded, by their rows.
+        stored: files of a cache on a store; None looks for files below the folder.
     """
 
     def __init__(
@@ -191,6 +192,7 @@ class EncodePlanner:
         known_only: bool = False,
         masks: MaskFinder | None = None,
         refused: Mapping[int, str] | None = None,
+        stored: Container[str] | None = None,
     ):
         self._index = index
         self._entries = entries
@@ -199,7 +201,7 @@ class EncodePlanner:
         self._known_only = known_only
         self._masks = masks
         self._refused = refused or {}
-        self._files = _FileLister(folder)
+        self._has_file = _FileLister(folder).exists if stored is None else stored.__contains__
         self._paths = index.arrow_column("image_path")
         self._widths, self._heights = index.column("width"), index.column("height")
 
@@ -238,14 +240,14 @@ class EncodePlanner:
 
     def _classify(self, image: _Image, identity_name: str) -> EntryState:
         found = classify_entry(image.known, image.path, identity_name, image.mask_path)
-        if found.state == "valid" and image.known is not None and not self._files.exists(image.known.file):
+        if found.state == "valid" and image.known is not None and not self._has_file(image.known.file):
             return EntryState("missing", found.refreshed)
         return found
 
     def _find_text(self, known: ManifestEntry | None) -> TextPart | None:
         """Return an entry's text encoder outputs if their file exists."""
         text = None if known is None else known.text
-        return text if text is not None and self._files.exists(text.file) else None
+        return text if text is not None and self._has_file(text.file) else None
 
     def _plan_text(self, plan: EncodePlan, image: _Image, refreshed: ManifestEntry | None) -> None:
         """Plan the captions of valid latents if they must be encoded, else their entry if it has new file times."""
@@ -289,9 +291,14 @@ class EncodePlanner:
 
 
 def build_planner(
-    config: Config, index: Index, entries: Mapping[str, ManifestEntry], text: TextRequirement | None, known_only: bool
+    config: Config,
+    index: Index,
+    entries: Mapping[str, ManifestEntry],
+    text: TextRequirement | None,
+    known_only: bool,
+    stored: Container[str] | None = None,
 ) -> EncodePlanner:
-    """Build the planner of the settings. `entries`, `text` and `known_only` are as in `EncodePlanner`."""
+    """Build the planner of the settings. `entries`, `text`, `known_only` and `stored` are as in `EncodePlanner`."""
     beside, masks = config.cache.dir is None, config.data.masks
     shares_files = beside and config.cache.format == "npz"
     return EncodePlanner(
@@ -303,6 +310,7 @@ def build_planner(
         known_only=known_only,
         masks=None if masks is None else MaskFinder(masks),
         refused=find_shared_files(index.table, text is not None) if shares_files else {},
+        stored=stored,
     )
 
 

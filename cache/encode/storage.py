@@ -17,14 +17,17 @@ from sdxl_trainer.data.formats.manifest import ManifestEntry, read_entries
 from sdxl_trainer.data.formats.shards import (
     BadShardError,
     ShardWriter,
+    compute_sample_span,
     list_partial_shards,
     locate_shard,
+    parse_sample,
     read_sample,
     read_text_member,
     recover_shard,
 )
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, parse_text_outputs
 from sdxl_trainer.data.images.bucket import Size
+from sdxl_trainer.data.stores.remote import RemoteSpan, read_spans
 from sdxl_trainer.launch.activity import ACTIVITY
 
 SHARD_FOLDER = "shards"
@@ -142,7 +145,7 @@ class ShardStorage:
         text = pack_text(item.texts, self._dtype) if item.texts else None
         # The parts of a sample lie side by side in a shard, so its latents move with the text.
         if item.sample is None:
-            content = bytes(read_item(self._root, item.entry).npz)
+            content = self._read_latents(item.entry)
         else:
             content = pack_latents(item.sample, self._dtype)
         return self.write_packed(item.entry, content, item.record, text)
@@ -158,7 +161,7 @@ class ShardStorage:
             writer = self._open.get(entry.bucket)
             size = len(content) + len(text or b"")
             if writer is not None and writer.bytes_written + size > self._shard_bytes:
-                self._open.pop(entry.bucket).close()
+                self._finish(self._open.pop(entry.bucket))
                 writer = None
             if writer is None:
                 writer = self._open[entry.bucket] = ShardWriter(self._choose_path(entry.bucket))
@@ -191,11 +194,17 @@ class ShardStorage:
         while self._open:
             _, writer = self._open.popitem()
             try:
-                writer.close()
+                self._finish(writer)
             except OSError as error:
                 errors.append(error)
         if errors:
             raise errors[0]
+
+    def _finish(self, writer: ShardWriter) -> None:
+        writer.close()
+
+    def _read_latents(self, entry: ManifestEntry) -> bytes:
+        return bytes(read_item(self._root, entry).npz)
 
     def _choose_path(self, bucket: Size) -> Path:
         prefix = f"{bucket[0]}x{bucket[1]}-{self._rank:05d}-"
@@ -257,10 +266,18 @@ def read_item(folder: Path, entry: ManifestEntry) -> StoredItem:
         assert entry.record_bytes is not None, "a sample of a shard has a record"
         path = locate_shard(folder / entry.file)
         record, npz = read_sample(path, entry.key, entry.record_bytes, entry.offset, entry.bytes)
-        if hashlib.sha256(record).hexdigest() != entry.record_sha256:
-            raise BadShardError("record differs from the manifest")
-    _verify_bytes(npz, entry.bytes, entry.sha256, BadLatentError)
-    return StoredItem(record, npz)
+    return _verify_item_bytes(entry, StoredItem(record, npz))
+
+
+def read_remote_item(url: str, entry: ManifestEntry) -> StoredItem:
+    """Read the bytes of an item's latents in a shard of a cache on a store. Raises like `read_item`, and StoreError."""
+    assert entry.offset is not None and entry.record_bytes is not None, "items on stores are in shards"
+    span = compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes)
+    [content] = read_spans([RemoteSpan(f"{url}/{entry.file}", span.offset, span.size)])
+    if isinstance(content, FileNotFoundError):
+        raise content
+    sample = parse_sample(memoryview(content), entry.key, entry.record_bytes, entry.offset, entry.bytes)
+    return _verify_item_bytes(entry, StoredItem(sample.record, sample.npz))
 
 
 def read_text_item(folder: Path, entry: ManifestEntry) -> Content | None:
@@ -301,6 +318,13 @@ def verify_text_item(folder: Path, entry: ManifestEntry) -> str | None:
         assert entry.text is not None, "an item without text reads nothing"
         return _describe_fault(entry.text.file, entry.key if entry.text.offset is not None else None, error)
     return None
+
+
+def _verify_item_bytes(entry: ManifestEntry, item: StoredItem) -> StoredItem:
+    if entry.offset is not None and hashlib.sha256(item.record).hexdigest() != entry.record_sha256:
+        raise BadShardError("record differs from the manifest")
+    _verify_bytes(item.npz, entry.bytes, entry.sha256, BadLatentError)
+    return item
 
 
 def _verify_bytes(content: Content, size: int, sha256: str, error_type: type[ValueError]) -> None:

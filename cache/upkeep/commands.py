@@ -9,7 +9,15 @@ from loguru import logger
 
 from sdxl_trainer.cache.encode.cache_setup import build_identities, lock_cache, open_checked_index, write_identities
 from sdxl_trainer.cache.encode.cache_vae import check_cache_vae, identify_vae
-from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, recover_shards
+from sdxl_trainer.cache.encode.storage import (
+    NpzStorage,
+    ShardStorage,
+    Storage,
+    read_item,
+    read_text_item,
+    recover_shards,
+)
+from sdxl_trainer.cache.encode.store_setup import choose_spool, name_store_errors
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
     compute_text_identity,
@@ -24,9 +32,12 @@ from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
 from sdxl_trainer.cache.upkeep.copy_request import CopyRequest
 from sdxl_trainer.cache.upkeep.copying import choose_work_folder, run_copy
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
+from sdxl_trainer.cache.upkeep.store_upkeep import SMALL_SHARE, WORK_FOLDER, verify_store
+from sdxl_trainer.cache.upkeep.target import StoreTarget, open_target
 from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.cache_store import open_mirror
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
@@ -41,9 +52,10 @@ from sdxl_trainer.data.formats.manifest import (
 from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
+from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.missing_latents import choose_output_file
 from sdxl_trainer.data.index.moved_keys import rename_entries
-from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
+from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder, get_store_url
 from sdxl_trainer.launch.distributed import read_environment
 from sdxl_trainer.launch.logger import init_logger
 
@@ -55,8 +67,11 @@ class BadCacheError(FailedError):
     """Items of a cache are bad. The log names each of them."""
 
 
-def verify_cache(config: Config, problems: list[Problem]) -> None:
-    """Check every byte against the manifest and log each bad item.
+def verify_cache(config: Config, problems: list[Problem], every_byte: bool = False) -> None:
+    """Check every byte against the manifest and log each bad item; on a store, sizes and the store's checksums.
+
+    Args:
+        every_byte: also on a store, each shard of which is copied for it.
 
     Raises:
         BadCacheError: at least one item is bad.
@@ -65,7 +80,12 @@ def verify_cache(config: Config, problems: list[Problem]) -> None:
     if folder is None:
         return
     damaged: list[str] = []
-    result = verify_entries(folder, read_latest(folder, damaged))
+    entries, url = read_latest(folder, damaged), get_store_url(config)
+    if url is None:
+        result = verify_entries(folder, entries)
+    else:
+        with name_store_errors(url):
+            result = verify_store(url, folder, entries, choose_spool(config) / WORK_FOLDER if every_byte else None)
     other_faults = [f"{place}: damaged line of the manifest" for place in damaged]
     states = (verify_identity(folder), verify_text_state(folder), *result.bad_shards.values())
     other_faults += [reason for reason in states if reason is not None]
@@ -128,21 +148,24 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     identities = build_identities(config.cache, config.data, vae)
     raise_if_any(check_cache_vae(folder, config.model, vae))
     rule = build_bucket_rules(config.data)[""]
-    with lock_cache(folder):
+    with open_target(config) as target:
         write_identities(folder, identities, vae)
         text = build_text_adopter(config, folder) if config.cache.text else None
-        manifest = ManifestWriter(folder, 0)
+        storage, manifest = target.build_writers(config.cache, 0)
+        is_stored, get_record = target.list_stored() is not None, build_record_reader(index)
         known = rename_entries(read_latest(folder), index.table)
         adopted, refusals, refused = 0, [], CountedWarnings("file of another program", folder / "logs" / "cache.log")
         for key, found in adopt_files(folder, index, known, identities[""], rule, text):
             if isinstance(found, ManifestEntry):
-                manifest.append(found)
+                manifest.append(copy_to_shard(folder, storage, found, get_record) if is_stored else found)
                 adopted += 1
             else:
                 refused.add(f"{key} is not adopted: {found.reason}")
                 refusals.append(found)
+        storage.close()
         manifest.close()
         list_refused(folder, refusals)
+        target.finish()
     refused.close()
     logger.info(
         "adopted the files of {} images; {} do not fit, {} were listed before", adopted, refused.count, len(known)
@@ -152,6 +175,26 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
         logger.warning("found no files to adopt: expected {} beside each image or in {}", " or ".join(names), folder)
     if refused.count:
         raise BadCacheError(f"{refused.count} files do not fit the settings and were not adopted")
+
+
+def copy_to_shard(
+    folder: Path, storage: Storage, entry: ManifestEntry, get_record: Callable[[str], bytes]
+) -> ManifestEntry:
+    """Copy adopted files into a shard, because only shards lie on a store. Return the entry of the copy."""
+    _, content = read_item(folder, entry)
+    text = read_text_item(folder, entry)
+    return storage.write_packed(entry, bytes(content), get_record(entry.key), None if text is None else bytes(text))
+
+
+def build_record_reader(index: Index) -> Callable[[str], bytes]:
+    """Return a function that returns the JSON of the record of latents by their key."""
+    rows = {key: row for row, key in enumerate(index.arrow_column("key").to_pylist())}
+
+    def get_record(key: str) -> bytes:
+        row = rows.get(key, rows.get(split_key(key)[1]))
+        return b"{}" if row is None else index.record_json(row)
+
+    return get_record
 
 
 def list_refused(folder: Path, refusals: list[Refusal]) -> None:
@@ -205,6 +248,9 @@ def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> N
     folder = _open_existing(config, problems)
     if folder is None:
         return
+    if get_store_url(config) is not None:
+        _join_stored_shards(config, to_shards)
+        return
     with lock_cache(folder):
         listed = read_latest(folder)
         recover_shards(folder, listed.values())
@@ -216,12 +262,7 @@ def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> N
             if to_shards
             else NpzStorage(folder, dtype)
         )
-        rows = {key: row for row, key in enumerate(index.arrow_column("key").to_pylist())}
-
-        def get_record(key: str) -> bytes:
-            row = rows.get(key, rows.get(split_key(key)[1]))
-            return b"{}" if row is None else index.record_json(row)
-
+        get_record = build_record_reader(index)
         manifest = ManifestWriter(folder, 0)
         result = repack(
             folder,
@@ -241,6 +282,23 @@ def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> N
         raise BadCacheError(f"{len(result.bad)} items are bad and stay where they are: {shown}")
 
 
+def _join_stored_shards(config: Config, to_shards: bool) -> None:
+    """Join the small shards of a cache on a store into full ones.
+
+    Raises:
+        UserInputError: `to_shards` is false: npz files do not lie on a store.
+    """
+    if not to_shards:
+        rule = "cannot be unpacked: a cache on a store holds shards only"
+        cure = "copy it to a folder with bash launch/cache.sh --copy-to DIR, and unpack the copy"
+        raise UserInputError([Problem("cache.dir", config.cache.dir, rule, cure)])
+    with open_target(config) as target:
+        assert isinstance(target, StoreTarget), "the cache is on a store"
+        replaced = target.replace_shards(config.cache, int(SMALL_SHARE * config.cache.shard_mb * 1_000_000))
+        target.finish()
+    logger.info("{} small or outdated shards joined", len(replaced))
+
+
 def _open_existing(config: Config, problems: list[Problem], logs: Path | None = None) -> Path | None:
     """Return the cache folder on rank 0, None on other ranks.
 
@@ -254,6 +312,7 @@ def _open_existing(config: Config, problems: list[Problem], logs: Path | None = 
         return None
     raise_if_any(problems)
     folder = get_cache_folder(config)
+    raise_if_any(open_mirror(config))
     if not (folder / "cache.json").is_file():
         cure = "run bash launch/cache.sh first, with --adopt for latents of other programs"
         raise UserInputError([Problem("cache.dir", folder, "holds no latent cache", cure)])
@@ -261,7 +320,7 @@ def _open_existing(config: Config, problems: list[Problem], logs: Path | None = 
     return folder
 
 
-COMMANDS: dict[str, Callable[[Config, list[Problem]], None]] = {
+COMMANDS: dict[str, Callable[..., None]] = {
     "verify": verify_cache,
     "pack": pack_cache,
     "unpack": unpack_cache,

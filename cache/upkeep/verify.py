@@ -70,15 +70,21 @@ def warn_of_bad_items(text: str, reasons: Iterable[str], folder: Path) -> None:
 
 def verify_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, str]:
     """Find finished shards that have a wrong end or hold bytes of no listed item; file → reason."""
-    taken = dict.fromkeys(list_shards(folder), 0)
+    taken = compute_shard_ends(list_shards(folder), entries)
+    reasons = {file: verify_shard_end(folder / file, end) for file, end in taken.items()}
+    return {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
+
+
+def compute_shard_ends(shards: Iterable[str], entries: Iterable[ManifestEntry]) -> dict[str, int]:
+    """Return for each shard the bytes that the samples of some entries take in it with their frames."""
+    taken = dict.fromkeys(shards, 0)
     for entry in entries:
         if entry.file in taken and entry.offset is not None and entry.record_bytes is not None:
             span = compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes)
             taken[entry.file] += span.size
         if entry.text is not None and entry.text.offset is not None and entry.text.file in taken:
             taken[entry.text.file] += compute_text_span(entry.key, entry.text.offset, entry.text.bytes).size
-    reasons = {file: verify_shard_end(folder / file, end) for file, end in taken.items()}
-    return {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
+    return taken
 
 
 class _ChunkResult(NamedTuple):

@@ -233,6 +233,8 @@ VERIFIERS: dict[str, Callable[[IndexedLatents], None] | None] = {
 
 def _read_local_header(row: dict[str, Any], folder: Path) -> LatentHeader | None:
     """Read the header of local latents; None for remote and for bad latents."""
+    if is_remote(row["file"]):
+        return None
     path = folder / row["file"]
     try:
         span = (0, None) if row["offset"] is None else (row["offset"], row["bytes"])

@@ -13,6 +13,7 @@ from loguru import logger
 from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, DataConfig
+from sdxl_trainer.data.checks.cache_store import open_mirror
 from sdxl_trainer.data.formats.shards import CutShardError, ImageShardError
 from sdxl_trainer.data.images.bucket import list_buckets
 from sdxl_trainer.data.images.kohya_folders import describe_folders, list_kohya_folders
@@ -50,6 +51,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
     """
     data = config.data
     problems = list(check_data_settings(data, config.cache.dir)) or [*check_streams(data), *check_copies(data)]
+    problems = problems or open_mirror(config)
     if problems:
         return OpenedIndex(None, problems)
     try:
@@ -83,7 +85,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
     return OpenedIndex(index, [*check_keys(data, index), *caption_problems])
 
 
-def check_data_settings(data: DataConfig, cache_dir: Path | None) -> Iterator[Problem]:
+def check_data_settings(data: DataConfig, cache_dir: Path | str | None) -> Iterator[Problem]:
     """Yield the problems of the `data` section that can be found without an index."""
     yield from check_sources(data.metadata, data.image_dirs)
     yield from check_regularisation(data)

@@ -38,7 +38,7 @@ def derive_validation_config(config: Config) -> Config:
             "source_weights": [],
             "kohya_folders": config.data.kohya_folders and not settings.metadata,
         }
-        cache = {"dir": settings.cache_dir or get_cache_folder(config)}
+        cache = {"dir": settings.cache_dir or config.cache.dir or get_cache_folder(config)}
     changes = {"run": {"seed": settings.seed}, "data": data, "cache": cache}
     return config.model_copy(
         update={section: getattr(config, section).model_copy(update=update) for section, update in changes.items()}

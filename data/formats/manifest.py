@@ -398,7 +398,7 @@ class ManifestWriter:
         path = folder / "manifest" / f"part-{rank:05d}.jsonl"
         if path.is_file():
             _remove_torn_line(path)
-        self._number = max(FIRST_NUMBER - 1, *map(_find_highest_number, list_manifest_parts(folder)), 0)
+        self._number = find_last_number(folder)
         self._file = open(path, "ab")
         sync_folder(path.parent)
         self._lock = threading.Lock()
@@ -412,17 +412,9 @@ class ManifestWriter:
             OSError: this line or an earlier one cannot be written.
         """
         self._raise_error()
-        fields = {name: value for name, value in asdict(entry).items() if value is not None}
-        fields["source"] = {
-            "path": fields.pop("source_path"),
-            "size": fields.pop("source_bytes"),
-            "mtime_ns": fields.pop("source_mtime_ns"),
-            "sha256": fields.pop("source_sha256"),
-        }
         with self._lock:
             self._number += 1
-            fields["listed_ns"] = self._number
-            self._file.write(_dump_line(orjson.dumps(fields, default=tuple)))
+            self._file.write(dump_entry(entry, self._number))
             self._file.flush()
             if self._timer is None:
                 self._timer = threading.Timer(SECONDS_BETWEEN_SYNCS, self._sync_later)
@@ -461,6 +453,24 @@ class ManifestWriter:
         """Raise the error of a flush in the background: the system reports it only once."""
         if self._error is not None:
             raise self._error
+
+
+def find_last_number(folder: Path) -> int:
+    """Return the number that the next line of a cache's manifest follows."""
+    return max(FIRST_NUMBER - 1, *map(_find_highest_number, list_manifest_parts(folder)), 0)
+
+
+def dump_entry(entry: ManifestEntry, number: int) -> bytes:
+    """Return the line of an entry, with its number."""
+    fields = {name: value for name, value in asdict(entry).items() if value is not None}
+    fields["source"] = {
+        "path": fields.pop("source_path"),
+        "size": fields.pop("source_bytes"),
+        "mtime_ns": fields.pop("source_mtime_ns"),
+        "sha256": fields.pop("source_sha256"),
+    }
+    fields["listed_ns"] = number
+    return _dump_line(orjson.dumps(fields, default=tuple))
 
 
 def _find_highest_number(part: Path) -> int:

@@ -107,6 +107,7 @@ class ShardWriter:
         self._flush_lock = threading.Lock()
         self._bytes_flushed = 0
         self.bytes_written = 0
+        self.num_samples = 0
 
     def append(
         self, key: str, json_content: bytes, npz_content: bytes, text_content: bytes | None = None
@@ -126,6 +127,7 @@ class ShardWriter:
             sample = b"".join((sample, header, text_content, padding))
         _write_at(self._descriptor, sample, self.bytes_written)
         self.bytes_written += len(sample)
+        self.num_samples += 1
         return ShardPlace(self.path.name, offset, len(npz_content), text_offset)
 
     def flush(self, end: int) -> None:
@@ -190,8 +192,19 @@ def read_sample(path: Path, key: str, record_bytes: int, offset: int, npz_bytes:
         OSError: the shard is missing or unreadable.
         BadShardError: the sample is not at this offset, or is damaged.
     """
+    content = _read_span(path, compute_sample_span(key, record_bytes, offset, npz_bytes), "sample")
+    return parse_sample(content, key, record_bytes, offset, npz_bytes)
+
+
+def parse_sample(content: memoryview, key: str, record_bytes: int, offset: int, npz_bytes: int) -> SampleContent:
+    """Return one sample of the bytes of its span, and check the tar headers and padding around it.
+
+    Raises:
+        BadShardError: the sample is damaged.
+    """
     span = compute_sample_span(key, record_bytes, offset, npz_bytes)
-    content = _read_span(path, span, "sample")
+    if len(content) != span.size:
+        raise BadShardError(f"is cut short: holds {len(content)} of the {span.size} bytes of the sample")
     frame = build_sample_frame(key, record_bytes, npz_bytes)
     record_start, npz_start = len(frame.before), offset - span.offset
     record_end, npz_end = record_start + record_bytes, npz_start + npz_bytes

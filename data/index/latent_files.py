@@ -21,6 +21,7 @@ from sdxl_trainer.data.index.schema import (
 )
 
 KEY_MARK = "\0"  # in a file's name, in place of the sample's key; no file name can hold it
+SHARDS = "shards/"  # begins the names of a cache's shards
 TYPES = dict(LATENT_FIELDS)
 KINDS = {**TYPES, "key": pa.string(), "listed_ns": pa.int64()}
 ROWS_AT_ONCE = 1 << 20
@@ -41,24 +42,27 @@ class Names:
         """Return the number of a text."""
         return self._numbers.setdefault(name, len(self._numbers))
 
-    def to_list(self) -> list[str]:
-        """Return the texts by number."""
-        return list(self._numbers)
+    def to_list(self, base: str = "") -> list[str]:
+        """Return the texts by number, shards with the URL `base` of their cache before them."""
+        return [f"{base}/{name}" if base and name.startswith(SHARDS) else name for name in self._numbers]
 
 
-def write_latent_file(path: Path, list_batches: Callable[[], Iterator[pa.RecordBatch]], is_listed: bool) -> None:
+def write_latent_file(
+    path: Path, list_batches: Callable[[], Iterator[pa.RecordBatch]], is_listed: bool, base: str = ""
+) -> None:
     """Write rows of LISTED_SCHEMA or FOUND_SCHEMA.
 
     Args:
         list_batches: returns the rows; called again if the first form cannot hold them.
         is_listed: the rows are those of LISTED_SCHEMA.
+        base: URL of a cache on a store, before the names of its shards.
     """
     for number, (narrow, text) in enumerate(FORMS, 1):
         names = Names()
         schema = pa.schema([*(STORED_ENTRY if is_listed else STORED_FOUND), *build_latent_fields(narrow, text)])
         batches = (_store_batch(batch, schema, names) for batch in list_batches())
         try:
-            write_index_file(path, schema, regroup(batches), lambda names=names: {"names": names.to_list()})
+            write_index_file(path, schema, regroup(batches), lambda names=names: {"names": names.to_list(base)})
             return
         except _UnfitError:
             assert number < len(FORMS), "the last form holds all rows"

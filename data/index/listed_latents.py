@@ -31,6 +31,7 @@ from sdxl_trainer.data.formats.manifest_columns import read_columns
 from sdxl_trainer.data.index.index_file import open_undamaged
 from sdxl_trainer.data.index.latent_files import write_latent_file
 from sdxl_trainer.data.index.schema import LISTED_SCHEMA, VERSION, build_batch
+from sdxl_trainer.data.stores.cache_mirror import read_store_url
 
 ENTRIES_AT_ONCE = 16_384
 PART_BYTES = 8 << 20  # of a manifest part, decoded at once
@@ -89,19 +90,19 @@ class _Span(NamedTuple):
 
 def build_listed_latents(cache_folder: Path, folder: Path) -> ListedLatents:
     """Return files of latents with all lines of the manifest. Those that do not exist in `folder` are written."""
-    listed = ListedLatents([], [])
+    listed, base = ListedLatents([], []), read_store_url(cache_folder) or ""
     for number, part in enumerate(list_manifest_parts(cache_folder)):
-        paths = _build_part(part, folder)
+        paths = _build_part(part, folder, base)
         listed.paths.extend(paths)
         listed.parts.extend([number] * len(paths))
     return listed
 
 
-def _build_part(part: Path, folder: Path) -> list[Path]:
-    """Return the files of a part of the manifest."""
+def _build_part(part: Path, folder: Path, base: str) -> list[Path]:
+    """Return the files of a part of the manifest, with the URL `base` before its shards."""
     name = hashlib.sha256(orjson.dumps([VERSION, os.path.abspath(part)])).hexdigest()[:16]
     if part.suffix == manifest_columns.SUFFIX:
-        return [_build_columns(part, folder, name)]
+        return [_build_columns(part, folder, name, base)]
     end = _find_last_line_end(part)
     spans = _find_spans(part, folder, name, end)
     start = spans[-1].end if spans else 0
@@ -114,22 +115,24 @@ def _build_part(part: Path, folder: Path) -> list[Path]:
     span = _Span(start, end, _compute_crc(part, start, end))
     try:
         path = folder / _build_name(name, span)
-        write_latent_file(path, lambda: _decode_span(part, span), is_listed=True)
+        write_latent_file(path, lambda: _decode_span(part, span), is_listed=True, base=base)
         return [*paths, path]
     except DamagedLineError:
         path = folder / _build_name(name, _Span(0, end, _compute_crc(part, 0, end)))
-        write_latent_file(path, lambda: _read_undamaged_lines(part), is_listed=True)
+        write_latent_file(path, lambda: _read_undamaged_lines(part), is_listed=True, base=base)
         return [path]
 
 
-def _build_columns(part: Path, folder: Path, name: str) -> Path:
+def _build_columns(part: Path, folder: Path, name: str, base: str) -> Path:
     """Return the file of a part of the manifest that is stored as columns."""
     status = os.stat(part)
     path = folder / f"listed-{name}-{status.st_size}-{status.st_mtime_ns}.arrow"
     if open_undamaged(path, is_part=True) is None:
         warnings = CountedWarnings("damaged line skipped", "the log file")
         damaged: list[str] = []
-        write_latent_file(path, lambda: map(_list_columns, read_columns(part, damaged, COLUMNS)), is_listed=True)
+        write_latent_file(
+            path, lambda: map(_list_columns, read_columns(part, damaged, COLUMNS)), is_listed=True, base=base
+        )
         for place in dict.fromkeys(damaged):
             warnings.add(place)
     return path

@@ -7,16 +7,26 @@ from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.images.bucket import BucketRule, Size, build_key_prefix
 from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.missing_latents import EncodingSettings
+from sdxl_trainer.data.stores.cache_mirror import name_mirror
 from sdxl_trainer.data.stores.remote import is_remote
 
 
 def get_cache_folder(config: Config) -> Path:
-    """Return `cache.dir`, or else the folder of the first metadata file, or else the first image folder."""
+    """Return `cache.dir`, or else the folder of the first metadata file, or else the first image folder.
+
+    For a cache on a store this is its local mirror (data/stores/cache_mirror.py).
+    """
     if config.cache.dir is not None:
-        return config.cache.dir
+        url = get_store_url(config)
+        return Path(config.cache.dir) if url is None else name_mirror(config.run.dir, url)
     if config.data.metadata and not is_remote(config.data.metadata[0]):
         return Path(config.data.metadata[0]).parent
     return config.data.image_dirs[0] if config.data.image_dirs else Path(".")
+
+
+def get_store_url(config: Config) -> str | None:
+    """Return the URL of a cache on a store; None for a cache on disk."""
+    return str(config.cache.dir) if config.cache.dir is not None and is_remote(config.cache.dir) else None
 
 
 def build_bucket_rules(data: DataConfig) -> dict[str, BucketRule]:

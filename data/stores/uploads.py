@@ -67,6 +67,10 @@ class FileHashes:
             return True
         return COMPARABLE.fullmatch(item.checksum) is not None and item.checksum not in self._forms
 
+    def matches(self, item: StoredObject) -> bool:
+        """Return whether an object certainly has these bytes, by its size and checksum."""
+        return item.size == self.size and item.checksum in self._forms
+
 
 @dataclass(frozen=True)
 class Upload:

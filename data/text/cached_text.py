@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from sdxl_trainer.data.formats.text_cache import read_empty_text, read_text_state
-from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, read_text_variant
+from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, parse_text_outputs, read_text_variant
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
+from sdxl_trainer.data.stores.remote import RemoteSpan, is_remote, read_spans
 from sdxl_trainer.data.text.captions import choose_texts, draw_dropout
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 
@@ -56,7 +57,19 @@ class CachedText:
             return self.empty
         text = row["text"]
         variant = derive_seed(self.seed, RandomStream.TEXT_VARIANT, epoch, row_number) % text["variants"]
+        if is_remote(text["file"]):
+            return self._read_remote(text, variant)
         return read_text_variant(self.folder / text["file"], text["offset"], text["bytes"], variant, text["variants"])
+
+    def _read_remote(self, text: Mapping[str, Any], variant: int) -> TextOutputs:
+        """Read outputs in a shard of a cache on a store, by one range. Raises like `read`, and StoreError."""
+        [content] = read_spans([RemoteSpan(text["file"], text["offset"], text["bytes"])])
+        try:
+            if isinstance(content, FileNotFoundError):
+                raise BadTextError(f"cannot be read: {content}")
+            return parse_text_outputs(content, text["variants"])[variant]
+        except BadTextError as error:
+            raise BadTextError(f"{text['file']} at byte {text['offset']}: {error}") from None
 
     def verify(self, row: Mapping[str, Any], record: Mapping[str, Any]) -> None:
         """Verify that a row has cached outputs, and that they belong to the captions that the settings build.

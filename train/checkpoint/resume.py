@@ -43,6 +43,7 @@ HARMLESS_KEYS = frozenset(
     | {"data.num_workers", "data.max_bad_fraction"}
     | {"data.remote_shards.copies_dir", "data.remote_shards.copies_gb"}
     | {"cache.dir", "cache.format", "cache.shard_mb", "cache.batch_size", "cache.num_workers", "cache.on_missing"}
+    | {"cache.spool", "cache.spool_gb"}
     | {"engine.zero_stage", "engine.gradient_checkpointing", "train.micro_batch_size"}
     | {"engine.offload_optimizer", "engine.offload_param", "engine.attention", "engine.compile"}
     | {"engine.channels_last", "engine.cudnn_benchmark", "engine.timeout_minutes", "ema.sample"}

@@ -1,0 +1,211 @@
+"""Set up a cache on a store for writing: lock, spool, and what killed jobs have left."""
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import chain
+from pathlib import Path
+
+from loguru import logger
+
+from sdxl_trainer.cache.encode.spool import (
+    OBJECT_PREFIX,
+    PENDING_FOLDER,
+    CacheStore,
+    ShardUploads,
+    SpoolStorage,
+    name_part,
+    recover_spool,
+)
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.schema import CacheConfig, Config
+from sdxl_trainer.data.checks.cache_store import build_store_problem
+from sdxl_trainer.data.checks.folders import check_writable
+from sdxl_trainer.data.formats.manifest import find_last_number, get_refused_file, read_entries
+from sdxl_trainer.data.formats.text_cache import EMPTY_FILE, STATE_FILE
+from sdxl_trainer.data.index.selection import get_cache_folder, get_store_url
+from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, SHARD_FOLDER, pull_cache, push_files
+from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, StoreError, read_spans
+from sdxl_trainer.data.stores.store_lock import HeldError, LockTicket, StoreLock
+from sdxl_trainer.launch.distributed import (
+    Ranks,
+    broadcast_object,
+    count_ranks_here,
+    gather_objects,
+    share_problems,
+    wait_for_ranks,
+)
+
+SPOOL_FOLDER = "spool"
+# The manifest's files of one shard.
+SHARD_FILE = re.compile(r"manifest/(part-\d+-\d+x\d+-\d+-\d+\.jsonl|object-.*\.json)")
+SHARDS_IN_SPOOL = 2  # of each rank at least: one that is filled, one that is uploaded
+
+
+@contextmanager
+def open_store_for_ranks(config: Config, ranks: Ranks) -> Iterator[CacheStore | None]:
+    """Lock the cache of the settings, if it is on a store, and bring it into order; None for a cache on disk.
+
+    All ranks enter together.
+
+    Raises:
+        UserInputError: the store, the spool or another job rules the work out.
+        FailedError: the store failed.
+    """
+    url = get_store_url(config)
+    if url is None:
+        yield None
+        return
+    with ExitStack() as stack, name_store_errors(url):
+        ticket = None
+        with share_problems():
+            if ranks.is_main:
+                ticket = stack.enter_context(lock_store(url))
+        store = CacheStore(url, choose_spool(config), broadcast_object(ticket))
+        found = gather_objects(list(check_spool(config.cache, store.spool, count_ranks_here())))
+        raise_if_any(dict.fromkeys(chain.from_iterable(found)))
+        if ranks.local_rank == 0:
+            recover_spool(store)
+        wait_for_ranks("the shards that an interrupted job left")
+        if ranks.is_main:
+            tidy_store(store, get_cache_folder(config))
+        wait_for_ranks("the manifest of the cache")
+        yield store
+
+
+@contextmanager
+def open_store(config: Config) -> Iterator[CacheStore | None]:
+    """Like `open_store_for_ranks`, for a command that runs on one rank."""
+    url = get_store_url(config)
+    if url is None:
+        yield None
+        return
+    with name_store_errors(url), lock_store(url) as ticket:
+        store = CacheStore(url, choose_spool(config), ticket)
+        raise_if_any(check_spool(config.cache, store.spool, 1))
+        recover_spool(store)
+        tidy_store(store, get_cache_folder(config))
+        yield store
+
+
+@contextmanager
+def name_store_errors(url: str) -> Iterator[None]:
+    """Raise a FailedError that names a store's failure and the cure."""
+    try:
+        yield
+    except StoreError as error:
+        raise FailedError(
+            f"{error}. Everything that the manifest of {url} lists is whole; solve this and run the same command again"
+        ) from error
+
+
+@contextmanager
+def lock_store(url: str) -> Iterator[LockTicket]:
+    """Lock a cache on a store within the context. The lock is also a trial of writing and of reading a range.
+
+    Raises:
+        UserInputError: another job holds the lock, or the store cannot be used.
+    """
+    try:
+        lock = StoreLock(url)
+    except HeldError as error:
+        holder = f" ({error})" if str(error) else ""
+        cure = "wait for that job or stop it; a lock without a heartbeat for 10 minutes is taken over"
+        raise UserInputError([Problem("cache.dir", url, f"is being written by another job{holder}", cure)]) from None
+    except (FileNotFoundError, StoreError) as error:
+        raise UserInputError([build_store_problem(url, error)]) from None
+    try:
+        _try_range(url, lock.ticket)
+        yield lock.ticket
+    finally:
+        lock.release()
+
+
+def _try_range(url: str, ticket: LockTicket) -> None:
+    try:
+        [content] = read_spans([RemoteSpan(ticket.name, 1, 4)])
+    except NoRangesError:
+        content = b""
+    except StoreError as error:
+        raise UserInputError([build_store_problem(url, error)]) from None
+    if len(content if isinstance(content, bytes) else b"") != 4:
+        rule = "cannot be used: the store does not read ranges of bytes, by which training reads latents"
+        raise UserInputError([Problem("cache.dir", url, rule, "choose another store, or a folder")])
+
+
+def choose_spool(config: Config) -> Path:
+    """Return the folder in which this node builds the shards of the cache."""
+    mirror = get_cache_folder(config)
+    return mirror / SPOOL_FOLDER if config.cache.spool is None else config.cache.spool / mirror.name
+
+
+def check_spool(cache: CacheConfig, spool: Path, num_ranks: int) -> Iterator[Problem]:
+    """Yield a problem if the spool cannot be written or is too small for the ranks of this node."""
+    unwritable = list(check_writable("cache.spool", spool))
+    yield from unwritable
+    needed_gb = num_ranks * SHARDS_IN_SPOOL * cache.shard_mb / 1000
+    if needed_gb > cache.spool_gb:
+        rule = f"is less than the {needed_gb:g} GB of {SHARDS_IN_SPOOL} shards for each of {num_ranks} ranks of a node"
+        yield Problem("cache.spool_gb", cache.spool_gb, rule, "raise it, or lower cache.shard_mb")
+    if unwritable:
+        return
+    spool.mkdir(parents=True, exist_ok=True)
+    disk = os.statvfs(spool)
+    free_gb = disk.f_bavail * disk.f_frsize / 1e9
+    if free_gb < needed_gb:
+        rule = f"has {free_gb:.3g} GB free, and needs {needed_gb:g} GB for {SHARDS_IN_SPOOL} shards of each rank"
+        yield Problem("cache.spool", spool, rule, "free some space, choose another disk, or lower cache.shard_mb")
+
+
+def tidy_store(store: CacheStore, folder: Path) -> None:
+    """List what killed jobs have uploaded, delete what they have left, and bring the mirror up to date."""
+    objects = pull_cache(store.url, folder)
+    if any(item.url.startswith(f"{store.url}/{PENDING_FOLDER}/") for item in objects):
+        store.finish_pending(objects)
+        objects = pull_cache(store.url, folder)
+    names = {item.url[len(store.url) + 1 :] for item in objects}
+    left = list_leftovers(names, folder)
+    if left:
+        logger.info("deleting {} objects that an interrupted job left", len(left))
+        store.delete(left)
+        pull_cache(store.url, folder)
+
+
+def list_leftovers(names: set[str], folder: Path) -> list[str]:
+    """Return the objects of a cache that belong to no shard that is up and listed.
+
+    Args:
+        names: of all objects.
+        folder: the mirror, which is up to date.
+    """
+    shards = {name for name in names if name.startswith(f"{SHARD_FOLDER}/")}
+    unlisted = {shard for shard in shards if _name_files(shard)[0] not in names}
+    if unlisted:  # a cache that was copied has parts of other names
+        unlisted -= {entry.file for entry in read_entries(folder)}
+    kept = {name for shard in shards - unlisted for name in _name_files(shard)}
+    return [name for name in names if name in unlisted or (SHARD_FILE.fullmatch(name) and name not in kept)]
+
+
+def _name_files(shard: str) -> list[str]:
+    """Return the manifest's part of a shard, and the file that holds its size and checksums."""
+    name = shard.rpartition("/")[2]
+    return [f"{MANIFEST_FOLDER}/{name_part(name)}", f"{MANIFEST_FOLDER}/{OBJECT_PREFIX}{name}.json"]
+
+
+def push_state(url: str, folder: Path) -> None:
+    """Write the files that describe the cache to the store, if they have changed."""
+    refused = get_refused_file(folder).relative_to(folder).as_posix()
+    names = (EMPTY_FILE, STATE_FILE, refused, "cache.json")
+    push_files(url, folder, [name for name in names if (folder / name).is_file()])
+
+
+def build_store_storage(
+    store: CacheStore, cache: CacheConfig, folder: Path, rank: int, num_ranks: int
+) -> tuple[SpoolStorage, ShardUploads]:
+    """Build the storage and the manifest of a rank. Rank 0 writes the cache's state once it has listed a shard."""
+    after_first: Callable[[], None] | None = (lambda: push_state(store.url, folder)) if rank == 0 else None
+    uploads = ShardUploads(store, rank, find_last_number(folder), after_first)
+    shard_bytes = cache.shard_mb * 1_000_000
+    limit_bytes = int(cache.spool_gb * 1e9 / num_ranks)
+    return SpoolStorage(uploads, cache.dtype, rank, shard_bytes, limit_bytes), uploads
