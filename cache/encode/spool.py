@@ -30,6 +30,7 @@ from sdxl_trainer.data.formats.manifest import (
     drop_damaged_lines,
     dump_entry,
     list_manifest_parts,
+    read_latest,
     read_part,
 )
 from sdxl_trainer.data.formats.shards import ShardWriter, get_partial_path, recover_shard
@@ -133,8 +134,13 @@ def name_shard(part: str) -> str:
     return part.removesuffix(".jsonl").split("-", 2)[2] + ".tar"
 
 
-def recover_spool(store: CacheStore) -> None:
+def recover_spool(store: CacheStore, mirror: Path) -> None:
     """Finish, upload and list the shards that a killed job left in the spool; delete damaged ones.
+
+    Items that another job has listed meanwhile are not listed again.
+
+    Args:
+        mirror: the mirror of the cache, which is up to date.
 
     Raises:
         FailedError: another job has taken over the cache.
@@ -147,7 +153,7 @@ def recover_spool(store: CacheStore) -> None:
         for journal in sorted(folder.glob(f"*{JOURNAL_SUFFIX}")):
             ACTIVITY.note()
             shard = journal.with_suffix(".tar")
-            if name_part(shard.name) not in listed and (lines := _recover_shard(store.spool, shard, journal)):
+            if name_part(shard.name) not in listed and (lines := _recover_shard(store.spool, shard, journal, mirror)):
                 logger.info("uploading {}, left by an interrupted job", shard)
                 store.publish_shard(shard, lines)
             delete_spooled(shard)
@@ -157,8 +163,8 @@ def recover_spool(store: CacheStore) -> None:
             file.unlink()
 
 
-def _recover_shard(spool: Path, shard: Path, journal: Path) -> bytes:
-    """Finish a shard of a killed job. Return its lines, or b"" if nothing in it can be used."""
+def _recover_shard(spool: Path, shard: Path, journal: Path, mirror: Path) -> bytes:
+    """Finish a shard of a killed job. Return the lines to list, or b"" if nothing in it can be used."""
     entries = list(read_part(journal))
     end = max((_find_end(entry) for entry in entries), default=0)
     if not end:
@@ -168,7 +174,16 @@ def _recover_shard(spool: Path, shard: Path, journal: Path) -> bytes:
     if any(verify_item(spool, entry) or verify_text_item(spool, entry) for entry in entries):
         logger.warning("{}, left by an interrupted job, is damaged; its images are encoded again", shard)
         return b""
-    return b"".join(dump_entry(entry, entry.listed_ns) for entry in entries)
+    known = read_latest(mirror, keys=frozenset(entry.key for entry in entries))
+    new = (entry for entry in entries if entry.key not in known or not _is_same(known[entry.key], entry))
+    return b"".join(dump_entry(entry, entry.listed_ns) for entry in new)
+
+
+def _is_same(known: ManifestEntry, entry: ManifestEntry) -> bool:
+    """Return whether two entries are of the same latents and captions."""
+    captions = [None if text is None else (text.identity, text.captions_sha256) for text in (known.text, entry.text)]
+    same_image = (known.identity, known.source_sha256) == (entry.identity, entry.source_sha256)
+    return same_image and captions[0] == captions[1]
 
 
 def _find_end(entry: ManifestEntry) -> int:

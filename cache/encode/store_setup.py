@@ -62,11 +62,12 @@ def open_store_for_ranks(config: Config, ranks: Ranks) -> Iterator[CacheStore | 
         with share_problems():
             if ranks.is_main:
                 ticket = stack.enter_context(lock_store(url))
+                pull_cache(url, get_cache_folder(config))
         store = CacheStore(url, choose_spool(config), broadcast_object(ticket))
         found = gather_objects(list(check_spool(config.cache, store.spool, count_ranks_here())))
         raise_if_any(dict.fromkeys(chain.from_iterable(found)))
         if ranks.local_rank == 0:
-            recover_spool(store)
+            recover_spool(store, get_cache_folder(config))
         wait_for_ranks("the shards that an interrupted job left")
         if ranks.is_main:
             tidy_store(store, get_cache_folder(config))
@@ -84,7 +85,8 @@ def open_store(config: Config) -> Iterator[CacheStore | None]:
     with name_store_errors(url), lock_store(url) as ticket:
         store = CacheStore(url, choose_spool(config), ticket)
         raise_if_any(check_spool(config.cache, store.spool, 1))
-        recover_spool(store)
+        pull_cache(url, get_cache_folder(config))
+        recover_spool(store, get_cache_folder(config))
         tidy_store(store, get_cache_folder(config))
         yield store
 

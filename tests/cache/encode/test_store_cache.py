@@ -1,26 +1,24 @@
 """A cache on an S3 server: the same latents as on disk, nothing encoded twice, faults and mistakes named."""
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cache_samples import hash_items, run_job, write_settings
+from cache_samples import run_job, write_settings
 
 pytest.importorskip("s3fs")
 pytest.importorskip("moto.server")
 
 import orjson  # noqa: E402
 import s3fs  # noqa: E402
-from servers.object_store import FaultyStore, Request, serve_store  # noqa: E402
+from servers.object_store import FaultyStore, serve_store  # noqa: E402
 
-from sdxl_trainer.cache.encode import spool  # noqa: E402
 from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest  # noqa: E402
 from sdxl_trainer.data.formats.shards import compute_sample_span  # noqa: E402
 from sdxl_trainer.data.images.demo_set import draw_demo_set  # noqa: E402
-from sdxl_trainer.data.stores import remote, store_lock  # noqa: E402
+from sdxl_trainer.data.stores import remote  # noqa: E402
 from sdxl_trainer.data.stores.cache_mirror import name_mirror  # noqa: E402
-from sdxl_trainer.data.stores.uploads import list_objects, put_bytes, read_bytes  # noqa: E402
+from sdxl_trainer.data.stores.uploads import list_objects, read_bytes  # noqa: E402
 
 BUCKET = "caches"
 SHARDS = ("cache.format=shards", "cache.shard_mb=1", "cache.spool_gb=0.01")
@@ -72,7 +70,7 @@ def read_report(settings: Path, name: str) -> dict:
 
 
 def read_store(name: str, folder: Path) -> dict[str, ManifestEntry]:
-    """Return the entries on the store, as another machine finds them; each shard is whole, listed, and of valid items."""
+    """Return the entries on the store, as another machine finds them. Each shard is whole and listed."""
     url = f"s3://{BUCKET}/{name}"
     objects = {item.url[len(url) + 1 :]: item.size for item in list_objects(url)}
     (folder / "manifest").mkdir(parents=True)
