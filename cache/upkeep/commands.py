@@ -290,7 +290,7 @@ def _join_stored_shards(config: Config, to_shards: bool) -> None:
     """
     if not to_shards:
         rule = "cannot be unpacked: a cache on a store holds shards only"
-        cure = "copy it to a folder with bash launch/cache.sh --copy-to DIR, and unpack the copy"
+        cure = "copy the cache to a folder, and unpack the copy"
         raise UserInputError([Problem("cache.dir", config.cache.dir, rule, cure)])
     with open_target(config) as target:
         assert isinstance(target, StoreTarget), "the cache is on a store"
