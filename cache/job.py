@@ -26,10 +26,9 @@ from sdxl_trainer.cache.encode.encode_plan import (
     STATES,
     EncodePlan,
     PlanTotals,
-    Resolution,
     TextRequirement,
     build_planner,
-    build_share,
+    build_shares,
     find_moved,
 )
 from sdxl_trainer.cache.encode.estimate import (
@@ -67,7 +66,7 @@ from sdxl_trainer.data.formats.manifest import (
 )
 from sdxl_trainer.data.images.masks import check_masks
 from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
+from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import (
     Ranks,
@@ -129,10 +128,7 @@ def run_job(
     identities = build_identities(config.cache, config.data, vae.own)
     text = resolve_text_requirement(config, folder, ranks)
     with open_target_for_ranks(config, ranks, dry_run) as target:
-        parts = [
-            build_share(index, Resolution(rule, identities[prefix], prefix), ranks.rank, ranks.world_size)
-            for prefix, rule in build_bucket_rules(config.data).items()
-        ]
+        parts = build_shares(config, index, identities, ranks.rank, ranks.world_size)
         ACTIVITY.enter("opening the cache")
         keys = frozenset(key for part in parts for key in part.keys)
         state = open_cache(target, ranks, keys, config.cache if repair else None, dry_run, every_byte)
@@ -145,9 +141,7 @@ def run_job(
         for plan in plans:
             bad.leave_out_known(plan)
         shares = gather_objects([plan.totals for plan in plans])
-        with share_problems():
-            if ranks.is_main:
-                report_plan(config.data, target, index, shares)
+        report_plan_of_ranks(config.data, target, index, shares, ranks)
         ACTIVITY.enter("loading the networks")
         encoder = build_vae_encoder(config.cache, vae.network, ranks.device)
         text_job = prepare_text_job(config, plans, text, ranks, dry_run)
@@ -215,6 +209,15 @@ def open_cache(
     entries = read_latest(folder, keys=keys)
     marked = {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}
     return CacheState(marked, lines_lost, bad)
+
+
+def report_plan_of_ranks(
+    data: DataConfig, target: CacheTarget, index: Index, shares: Sequence[Sequence[PlanTotals]], ranks: Ranks
+) -> None:
+    """Log the plan on rank 0, as `report_plan`; raise its problems on all ranks."""
+    with share_problems():
+        if ranks.is_main:
+            report_plan(data, target, index, shares)
 
 
 def report_plan(data: DataConfig, target: CacheTarget, index: Index, shares: Sequence[Sequence[PlanTotals]]) -> None:

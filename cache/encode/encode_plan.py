@@ -25,7 +25,7 @@ from sdxl_trainer.data.images.masks import MaskFinder
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.missing_latents import GIVEN_SUFFIXES, choose_output_file, find_shared_files
 from sdxl_trainer.data.index.moved_keys import find_moved_entries
-from sdxl_trainer.data.index.selection import get_cache_folder
+from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.text.strategy import StrategyError
 from sdxl_trainer.data.text.variants import CaptionVariants, hash_captions
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -171,20 +171,19 @@ class EncodePlanner:
     """Compares a rank's share with the cache.
 
     Args:
-        folder: cache folder.
+        files: cache folder, or the files of a cache on a store.
         entries: newest manifest entry of each key of the share; other keys are ignored.
         beside: store latents beside the images instead of under the cache folder.
         text: required text encoder outputs; None encodes no captions.
         known_only: count images without an entry, but do not encode them.
         masks: finder of mask files; None if there are no mask files.
         refused: reasons why images cannot be encoded, by their rows.
-        stored: files of a cache on a store; None looks for files below the folder.
     """
 
     def __init__(
         self,
         index: Index,
-        folder: Path,
+        files: Path | Container[str],
         entries: Mapping[str, ManifestEntry],
         *,
         beside: bool,
@@ -192,7 +191,6 @@ class EncodePlanner:
         known_only: bool = False,
         masks: MaskFinder | None = None,
         refused: Mapping[int, str] | None = None,
-        stored: Container[str] | None = None,
     ):
         self._index = index
         self._entries = entries
@@ -201,7 +199,7 @@ class EncodePlanner:
         self._known_only = known_only
         self._masks = masks
         self._refused = refused or {}
-        self._has_file = _FileLister(folder).exists if stored is None else stored.__contains__
+        self._has_file = _FileLister(files).exists if isinstance(files, Path) else files.__contains__
         self._paths = index.arrow_column("image_path")
         self._widths, self._heights = index.column("width"), index.column("height")
 
@@ -298,19 +296,22 @@ def build_planner(
     known_only: bool,
     stored: Container[str] | None = None,
 ) -> EncodePlanner:
-    """Build the planner of the settings. `entries`, `text`, `known_only` and `stored` are as in `EncodePlanner`."""
+    """Build the planner of the settings. `entries`, `text` and `known_only` are as in `EncodePlanner`.
+
+    Args:
+        stored: files of a cache on a store; None looks for files in the cache folder.
+    """
     beside, masks = config.cache.dir is None, config.data.masks
     shares_files = beside and config.cache.format == "npz"
     return EncodePlanner(
         index,
-        get_cache_folder(config),
+        get_cache_folder(config) if stored is None else stored,
         entries,
         beside=beside,
         text=text,
         known_only=known_only,
         masks=None if masks is None else MaskFinder(masks),
         refused=find_shared_files(index.table, text is not None) if shares_files else {},
-        stored=stored,
     )
 
 
@@ -335,6 +336,17 @@ def build_share(index: Index, resolution: Resolution, rank: int, world_size: int
     rows = assign_positions(costs, rank, world_size)
     keys = index.arrow_column("key").take(pa.array(rows)).to_pylist()
     return Share(resolution, rows.tolist(), [resolution.prefix + key for key in keys])
+
+
+def build_shares(
+    config: Config, index: Index, identities: Mapping[str, Identity], rank: int, world_size: int
+) -> list[Share]:
+    """Build a rank's shares at all resolutions."""
+    rules = build_bucket_rules(config.data)
+    return [
+        build_share(index, Resolution(rule, identities[prefix], prefix), rank, world_size)
+        for prefix, rule in rules.items()
+    ]
 
 
 def find_moved(

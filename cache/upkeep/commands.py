@@ -17,7 +17,6 @@ from sdxl_trainer.cache.encode.storage import (
     read_text_item,
     recover_shards,
 )
-from sdxl_trainer.cache.encode.store_setup import choose_spool, name_store_errors
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
     compute_text_identity,
@@ -32,10 +31,9 @@ from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
 from sdxl_trainer.cache.upkeep.copy_request import CopyRequest
 from sdxl_trainer.cache.upkeep.copying import choose_work_folder, run_copy
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
-from sdxl_trainer.cache.upkeep.store_upkeep import SMALL_SHARE, WORK_FOLDER, verify_store
-from sdxl_trainer.cache.upkeep.target import StoreTarget, open_target
-from sdxl_trainer.cache.upkeep.verify import verify_entries, warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, raise_if_any
+from sdxl_trainer.cache.upkeep.target import join_small_shards, open_target, verify_unlocked
+from sdxl_trainer.cache.upkeep.verify import warn_of_bad_items
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.cache_store import open_mirror
 from sdxl_trainer.data.counted_warnings import CountedWarnings
@@ -80,12 +78,7 @@ def verify_cache(config: Config, problems: list[Problem], every_byte: bool = Fal
     if folder is None:
         return
     damaged: list[str] = []
-    entries, url = read_latest(folder, damaged), get_store_url(config)
-    if url is None:
-        result = verify_entries(folder, entries)
-    else:
-        with name_store_errors(url):
-            result = verify_store(url, folder, entries, choose_spool(config) / WORK_FOLDER if every_byte else None)
+    result = verify_unlocked(config, read_latest(folder, damaged), every_byte)
     other_faults = [f"{place}: damaged line of the manifest" for place in damaged]
     states = (verify_identity(folder), verify_text_state(folder), *result.bad_shards.values())
     other_faults += [reason for reason in states if reason is not None]
@@ -292,11 +285,7 @@ def _join_stored_shards(config: Config, to_shards: bool) -> None:
         rule = "cannot be unpacked: a cache on a store holds shards only"
         cure = "copy the cache to a folder, and unpack the copy"
         raise UserInputError([Problem("cache.dir", config.cache.dir, rule, cure)])
-    with open_target(config) as target:
-        assert isinstance(target, StoreTarget), "the cache is on a store"
-        replaced = target.replace_shards(config.cache, int(SMALL_SHARE * config.cache.shard_mb * 1_000_000))
-        target.finish()
-    logger.info("{} small or outdated shards joined", len(replaced))
+    logger.info("{} small or outdated shards joined", join_small_shards(config))
 
 
 def _open_existing(config: Config, problems: list[Problem], logs: Path | None = None) -> Path | None:

@@ -12,9 +12,22 @@ from sdxl_trainer.cache.encode.background_writer import Manifest
 from sdxl_trainer.cache.encode.cache_setup import lock_cache, lock_cache_for_ranks
 from sdxl_trainer.cache.encode.spool import CacheStore
 from sdxl_trainer.cache.encode.storage import NpzStorage, ShardStorage, Storage, clear_leftovers
-from sdxl_trainer.cache.encode.store_setup import build_store_storage, open_store, open_store_for_ranks, push_state
+from sdxl_trainer.cache.encode.store_setup import (
+    build_store_storage,
+    choose_spool,
+    name_store_errors,
+    open_store,
+    open_store_for_ranks,
+    push_state,
+)
 from sdxl_trainer.cache.upkeep.repack import replace_outdated_shards
-from sdxl_trainer.cache.upkeep.store_upkeep import WORK_FOLDER, list_shard_objects, replace_stored_shards, verify_store
+from sdxl_trainer.cache.upkeep.store_upkeep import (
+    SMALL_SHARE,
+    WORK_FOLDER,
+    list_shard_objects,
+    replace_stored_shards,
+    verify_store,
+)
 from sdxl_trainer.cache.upkeep.verify import VerifyResult, verify_entries
 from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, drop_damaged_lines, read_latest
@@ -173,3 +186,25 @@ def open_target(config: Config) -> Iterator[CacheTarget]:
     folder = get_cache_folder(config)
     with lock_cache(folder), open_store(config) as store:
         yield DiskTarget(folder) if store is None else StoreTarget(store.url, folder, store)
+
+
+def verify_unlocked(config: Config, entries: Mapping[str, ManifestEntry], every_byte: bool) -> VerifyResult:
+    """Compare the cache of the settings with its manifest, while another job may write it.
+
+    Args:
+        every_byte: also of a cache on a store.
+    """
+    folder, url = get_cache_folder(config), get_store_url(config)
+    if url is None:
+        return verify_entries(folder, entries)
+    with name_store_errors(url):
+        return verify_store(url, folder, entries, choose_spool(config) / WORK_FOLDER if every_byte else None)
+
+
+def join_small_shards(config: Config) -> int:
+    """Join the small shards of a cache on a store into full ones, and return how many were replaced."""
+    with open_target(config) as target:
+        assert isinstance(target, StoreTarget), "the cache is on a store"
+        replaced = target.replace_shards(config.cache, int(SMALL_SHARE * config.cache.shard_mb * 1_000_000))
+        target.finish()
+    return len(replaced)

@@ -161,7 +161,9 @@ def _read_holder(name: str) -> dict[str, Any] | None:
 def _identify_machine() -> str:
     """Return what processes that see each other share: this start of the machine, and their name space of ids."""
     try:
-        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+        return (
+            f"{Path('/proc/sys/kernel/random/boot_id').read_text('utf-8').strip()} {os.readlink('/proc/self/ns/pid')}"
+        )
     except OSError:
         return secrets.token_hex(8)  # no other process counts as one of this machine
 
@@ -169,6 +171,6 @@ def _identify_machine() -> str:
 def _read_start(process: int) -> str:
     """Return when a process started, in ticks since the machine did; "" if there is no such process."""
     try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[19]
+        return Path(f"/proc/{process}/stat").read_text("utf-8").rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return ""

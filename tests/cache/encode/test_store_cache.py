@@ -1,5 +1,7 @@
 """A cache on an S3 server: the same latents as on disk, nothing encoded twice, faults and mistakes named."""
 
+import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,17 +13,25 @@ pytest.importorskip("moto.server")
 
 import orjson  # noqa: E402
 import s3fs  # noqa: E402
-from servers.object_store import FaultyStore, serve_store  # noqa: E402
+import torch  # noqa: E402
+from servers.object_store import FaultyStore, Request, choose_randomly, serve_store  # noqa: E402
+from tiny_tokenizers import load_tiny_tokenizers  # noqa: E402
 
+from sdxl_trainer.cache.encode import spool  # noqa: E402
+from sdxl_trainer.cache.upkeep.verify import compute_shard_ends  # noqa: E402
+from sdxl_trainer.configs.load import load_config  # noqa: E402
+from sdxl_trainer.data.checks.training_set import open_training_set  # noqa: E402
 from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest  # noqa: E402
-from sdxl_trainer.data.formats.shards import compute_sample_span  # noqa: E402
 from sdxl_trainer.data.images.demo_set import draw_demo_set  # noqa: E402
-from sdxl_trainer.data.stores import remote  # noqa: E402
+from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_batches, iterate_specs  # noqa: E402
+from sdxl_trainer.data.loading.micro_batch import MicroBatch  # noqa: E402
+from sdxl_trainer.data.order.plan import Position  # noqa: E402
+from sdxl_trainer.data.stores import remote, store_lock  # noqa: E402
 from sdxl_trainer.data.stores.cache_mirror import name_mirror  # noqa: E402
-from sdxl_trainer.data.stores.uploads import list_objects, read_bytes  # noqa: E402
+from sdxl_trainer.data.stores.uploads import list_objects, put_bytes, read_bytes  # noqa: E402
 
 BUCKET = "caches"
-SHARDS = ("cache.format=shards", "cache.shard_mb=1", "cache.spool_gb=0.01")
+SHARDS = ("cache.format=shards", "cache.shard_mb=1", "cache.spool_gb=0.01", "cache.text=true")
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +59,11 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Pat
 
 
 @pytest.fixture(scope="module")
-def local(settings: Path) -> dict[str, str]:
+def local(settings: Path) -> dict[str, tuple[str, str]]:
     """Hash of each item of the same cache on disk."""
     folder = settings.parent / "local"
     assert run_job(settings, f"cache.dir={folder}", *SHARDS) == 0
-    return {key: entry.sha256 for key, entry in read_latest(folder).items()}
+    return hash_entries(read_latest(folder))
 
 
 def list_words(settings: Path, name: str) -> tuple[str, ...]:
@@ -79,23 +89,25 @@ def read_store(name: str, folder: Path) -> dict[str, ManifestEntry]:
     entries = read_latest(folder)
     shards = {file for file in objects if file.startswith("shards/")}
     assert shards == {entry.file for entry in entries.values()}
-    for shard in shards:
-        held = [entry for entry in entries.values() if entry.file == shard]
-        ends = sum(compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes).size for entry in held)
-        assert objects[shard] == ends + 1024
+    assert {shard: objects[shard] - 1024 for shard in shards} == compute_shard_ends(shards, entries.values())
     assert not [name for name in objects if name.startswith(("pending/", "lock/"))]
     assert {name for name in objects if name.startswith("manifest/object-")} == {
         f"manifest/object-{shard.removeprefix('shards/')}.json" for shard in shards
     }
-    assert "cache.json" in objects
+    assert {"cache.json", "text.json", "manifest/empty_te_outputs.npz"} <= objects.keys()
     return entries
+
+
+def hash_entries(entries: dict[str, ManifestEntry]) -> dict[str, tuple[str, str]]:
+    """Return the hashes of each item's latents and text."""
+    return {key: (entry.sha256, entry.text.sha256 if entry.text else "") for key, entry in entries.items()}
 
 
 def test_a_cache_on_a_store_holds_the_latents_of_one_on_disk(settings, local, proxy, tmp_path):
     words = list_words(settings, "same")
     assert run_job(settings, *words) == 0
     found = read_store("same", tmp_path / "a")
-    assert {key: entry.sha256 for key, entry in found.items()} == local
+    assert hash_entries(found) == local
     spooled = [path for path in (get_mirror(settings, "same") / "spool").rglob("*") if path.is_file()]
     assert [path for path in spooled if path.suffix != ".lock"] == []
     assert run_job(settings, *words) == 0
@@ -105,3 +117,177 @@ def test_a_cache_on_a_store_holds_the_latents_of_one_on_disk(settings, local, pr
     mirror = name_mirror(tmp_path / "other", f"s3://{BUCKET}/same")
     assert orjson.loads((mirror / "cache_report.json").read_bytes())["encoded"] == 0
     assert read_store("same", tmp_path / "b") == found
+
+
+def read_epoch(settings: Path, *words: str) -> list[MicroBatch]:
+    """Read the micro batches of an epoch as training does."""
+    config, problems = load_config(settings, [*words, "data.num_workers=0"])
+    index, found = open_training_set(config)
+    assert problems == found == [] and index is not None
+    dataset = build_dataset(config, index, load_tiny_tokenizers(), None)
+    plan = build_plan(index, 2, 0, shuffle_shards=config.data.remote_shards.shuffle_shards)
+    batches = iterate_batches(dataset, iterate_specs(plan, Position(0, 0), 0, 1, 2), 0)
+    return [next(batches) for _ in range(plan.num_batches(0))]
+
+
+def test_training_reads_it_as_it_reads_one_on_disk(settings, local, proxy, tmp_path):
+    words = list_words(settings, "read")
+    assert run_job(settings, *words) == 0
+    expected = read_epoch(settings, f"cache.dir={settings.parent / 'local'}", *SHARDS)
+    found = read_epoch(settings, *words)
+    assert len(found) == len(expected) > 2
+    for left, right in zip(expected, found, strict=True):
+        assert left.bad == right.bad == [] and left.weights.min() == 1
+        assert torch.equal(left.latents, right.latents) and torch.equal(left.rows, right.rows)
+        assert left.text is not None and right.text is not None
+        assert all(torch.equal(left.text[name], right.text[name]) for name in left.text)
+    ranges = [request for request in proxy.requests if "Range" in request.headers and "/shards/" in request.path]
+    assert ranges and all(request.method == "GET" for request in ranges)
+    # Whole shards, one after the other, from copies.
+    streamed = read_epoch(settings, *words, "data.remote_shards.shuffle_shards=2", "cache.text=false")
+    assert sorted(row for batch in streamed for row in batch.rows.tolist()) == list(range(len(local)))
+    assert all(batch.bad == [] for batch in streamed)
+    proxy.choose_fault = lambda request: "internal" if "/shards/" in request.path else None
+    proxy.requests.clear()
+    again = read_epoch(settings, *words, "data.remote_shards.shuffle_shards=2", "cache.text=false")
+    assert [batch.rows.tolist() for batch in again] == [batch.rows.tolist() for batch in streamed]
+
+
+def test_faults_are_named_and_repaired(settings, local, proxy, tmp_path, capsys):
+    words, url = list_words(settings, "bad"), f"s3://{BUCKET}/bad"
+    assert run_job(settings, *words) == 0
+    assert run_job(settings, *words, "--verify") == run_job(settings, *words, "--verify", "--every-byte") == 0
+    shards = [item.url for item in list_objects(f"{url}/shards")]
+    content, entries = bytearray(read_bytes(shards[0])), read_latest(get_mirror(settings, "bad")).values()
+    entry = next(entry for entry in entries if shards[0].endswith(entry.file))
+    content[(entry.offset or 0) + entry.bytes // 2] ^= 1
+    put_bytes(bytes(content), shards[0])
+    s3fs.S3FileSystem().rm_file(shards[1])
+    capsys.readouterr()
+    assert run_job(settings, *words, "--verify") == 1
+    logged = (get_mirror(settings, "bad") / "logs" / "cache.log").read_text()
+    assert "the store's checksum is not that of the upload" in logged and "is not on the store" in logged
+    # Without the checksum of the upload, only reading shows that a byte is another one.
+    name = shards[0].rpartition("/")[2]
+    s3fs.S3FileSystem().rm_file(f"{url}/manifest/object-{name}.json")
+    assert run_job(settings, *words, "--verify", "--every-byte") == 1
+    assert "SHA-256 differs from the manifest" in (get_mirror(settings, "bad") / "logs" / "cache.log").read_text()
+    assert run_job(settings, *words, "--repair", "--every-byte") == 0
+    assert 0 < read_report(settings, "bad")["encoded"] < len(local)
+    assert hash_entries(read_store("bad", tmp_path / "a")) == local
+    assert run_job(settings, *words, "--verify", "--every-byte") == 0
+
+
+def test_small_shards_are_joined_and_files_of_others_adopted(settings, local, proxy, tmp_path, capsys):
+    words = list_words(settings, "adopted")
+    beside = ("cache.dir=null", "cache.format=npz", "cache.text=true")
+    assert run_job(settings, *beside, f"run.dir={tmp_path / 'beside'}") == 0
+    files = sorted(settings.parent.rglob("data/**/*.npz"))
+    assert run_job(settings, *words, "--adopt") == 0
+    for file in files:
+        file.unlink()
+    assert hash_entries(read_store("adopted", tmp_path / "a")) == local
+    assert run_job(settings, *words) == 0 and read_report(settings, "adopted")["encoded"] == 0
+    before = list_objects(f"s3://{BUCKET}/adopted/shards")
+    entries = read_store("adopted", tmp_path / "b")
+    # Half of the items again, as a repair would: each bucket now has several small shards.
+    for shard in before[::2]:
+        s3fs.S3FileSystem().rm_file(shard.url)
+    assert run_job(settings, *words) == 0
+    assert run_job(settings, *words, "--pack") == 0
+    packed = read_store("adopted", tmp_path / "c")
+    assert hash_entries(packed) == hash_entries(entries)
+    buckets = [entry.file.partition("-")[0] for entry in {entry.file: entry for entry in packed.values()}.values()]
+    assert len(buckets) == len(set(buckets))
+    capsys.readouterr()
+    assert run_job(settings, *words, "--unpack") == 2
+    assert "a cache on a store holds shards only" in capsys.readouterr().err
+
+
+def test_a_job_succeeds_in_spite_of_faults_of_a_moment(settings, local, proxy, tmp_path):
+    proxy.choose_fault = choose_randomly(0.08, seed=1)
+    assert run_job(settings, *list_words(settings, "faults")) == 0
+    proxy.choose_fault = lambda request: None
+    assert hash_entries(read_store("faults", tmp_path / "a")) == local
+
+
+def test_a_fault_that_lasts_is_named_and_nothing_is_encoded_twice(
+    settings, local, proxy, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(remote, "LONGEST_WAIT_SECONDS", 0.01)
+    words, num_shards = list_words(settings, "lasting"), []
+
+    def fail_later(request: Request) -> str | None:
+        is_shard = request.method == "PUT" and "/shards/" in request.path
+        num_shards.append(is_shard)
+        return "slow" if is_shard and sum(num_shards) > 2 else None
+
+    proxy.choose_fault = fail_later
+    assert run_job(settings, *words) == 1
+    error = capsys.readouterr().err
+    assert "reduce your request rate" in error and "run the same command again" in error and "Traceback" not in error
+    proxy.choose_fault = lambda request: None
+    assert run_job(settings, *words) == 0
+    assert read_report(settings, "lasting")["encoded"] == 0  # what was encoded was still in the spool
+    assert hash_entries(read_store("lasting", tmp_path / "a")) == local
+
+
+def test_a_shard_that_was_uploaded_and_not_listed_is_listed(settings, local, proxy, tmp_path, monkeypatch):
+    words, url = list_words(settings, "unlisted"), f"s3://{BUCKET}/unlisted"
+    list_shard = spool.CacheStore._list_shard
+    monkeypatch.setattr(spool.CacheStore, "_list_shard", lambda *_: (_ for _ in ()).throw(remote.StoreError("cut off")))
+    assert run_job(settings, *words) == 1
+    monkeypatch.setattr(spool.CacheStore, "_list_shard", list_shard)
+    assert len(list_objects(f"{url}/shards")) == len(list_objects(f"{url}/pending")) == 1
+    put_bytes(b"nobody's", f"{url}/shards/64x64-00000-1.tar")
+    assert run_job(settings, *words, f"run.dir={tmp_path / 'other'}") == 0  # on another machine: without the spool
+    report = orjson.loads((name_mirror(tmp_path / "other", url) / "cache_report.json").read_bytes())
+    assert report["encoded"] < len(local)
+    assert hash_entries(read_store("unlisted", tmp_path / "a")) == local
+
+
+def write_lock(url: str, **fields: object) -> None:
+    put_bytes(orjson.dumps({**store_lock.describe_process(), "host": "node7", **fields}), f"{url}/lock/00000004.json")
+
+
+def test_mistakes_are_named_before_anything_is_encoded(settings, proxy, tmp_path, capsys):
+    url = f"s3://{BUCKET}/mistakes"
+    words = list_words(settings, "mistakes")
+
+    def fail(*more: str) -> str:
+        capsys.readouterr()
+        assert run_job(settings, *words, *more) == 2
+        assert not [item for item in list_objects(url) if "/shards/" in item.url]
+        return " ".join(capsys.readouterr().err.split())
+
+    assert "there is no bucket s3://no-such-bucket cure: create the bucket" in fail("cache.dir=s3://no-such-bucket/a")
+    assert "gs:// needs a package that is not installed" in fail("cache.dir=gs://bucket/a")
+    assert "cache.format" in fail("cache.format=npz")
+    assert "cannot add to a cache on a store" in fail("cache.on_missing=encode")
+    assert "cache.spool_gb = 0.001" in fail("cache.spool_gb=0.001")
+    proxy.choose_fault = lambda request: "denied" if request.method == "PUT" else None
+    assert "Access Denied cure: check the credentials and their right" in fail()
+    proxy.choose_fault = lambda request: None
+    proxy.ignores_ranges = True
+    assert "does not read ranges of bytes" in fail()
+    proxy.ignores_ranges = False
+    write_lock(url, machine="another", heartbeat=time.time() - 60)
+    error = fail()
+    assert "is being written by another job (host node7, process" in error and "heartbeat 6" in error
+    assert "without a heartbeat for 10 minutes is taken over" in error
+    write_lock(url, machine="another", heartbeat=time.time() - 601)
+    assert run_job(settings, *words) == 0
+    read_store("mistakes", tmp_path / "a")
+
+
+def test_the_lock_of_an_ended_job_of_this_machine_is_taken_over_at_once(proxy):
+    url = f"s3://{BUCKET}/lock"
+    write_lock(url, process=2**22, heartbeat=time.time())
+    lock = store_lock.StoreLock(url)
+    with pytest.raises(store_lock.HeldError, match=rf"process {os.getpid()}, started .*, heartbeat \d+ s ago"):
+        store_lock.StoreLock(url)
+    lock.ticket.verify()
+    put_bytes(b"{}", f"{url}/lock/00000009.json")  # another job has taken it over
+    with pytest.raises(RuntimeError, match="another job has taken over the lock of this cache: this one ends"):
+        lock.ticket.verify()
+    lock.release()
