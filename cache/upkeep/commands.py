@@ -33,7 +33,7 @@ from sdxl_trainer.cache.upkeep.copying import choose_work_folder, run_copy
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
 from sdxl_trainer.cache.upkeep.target import join_small_shards, open_target, verify_unlocked
 from sdxl_trainer.cache.upkeep.verify import warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.cache_store import open_mirror
 from sdxl_trainer.data.counted_warnings import CountedWarnings
