@@ -28,14 +28,15 @@ INTRODUCTION = {
 
 This page lists every problem that the programs report about settings, files and data, with its cure. Search it for a
 part of your message; `…` stands for a value. Each of them ends a program with status 2 before a network is loaded.
-[TROUBLESHOOTING.md](TROUBLESHOOTING.md) begins with symptoms instead.
+Messages of a running job (status 1) are in [TROUBLESHOOTING.md](TROUBLESHOOTING.md), which begins with symptoms.
 
 The page is generated from the sources: `python docs/site/messages.py --language en > docs/MESSAGES.md`.
 """,
     "zh": """# 消息
 
 本页列出程序就配置、文件和数据报告的每一个问题及其解决办法。请用您所见消息中的一段文字在本页搜索；`…` 代表具体的值。
-出现其中任何一个问题时，程序都在加载网络之前以状态 2 结束。[TROUBLESHOOTING.md](TROUBLESHOOTING.md) 则从症状出发。
+出现其中任何一个问题时，程序都在加载网络之前以状态 2 结束。运行中的任务的消息（状态 1）见
+[TROUBLESHOOTING.md](TROUBLESHOOTING.md)，该页从症状出发。
 
 本页由源代码生成：`python docs/site/messages.py --language zh > docs/zh/MESSAGES.md`。
 """,
