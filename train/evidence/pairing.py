@@ -163,7 +163,7 @@ def _verify_average(tables: Sequence[ErrorTable], names: Sequence[str], average:
 def _have_equal_timesteps(tables: Sequence[ErrorTable], samples: set[Sample], average: str) -> bool:
     """Return whether the samples that are compared have the same timesteps in all runs."""
 
-    def list_lines(table: ErrorTable) -> set[tuple[Sample, int, float]]:
+    def list_lines(table: ErrorTable) -> set[tuple]:
         columns = [table.columns[name].tolist() for name in (*IDENTITY, "turn", "log_snr", "average")]
         lines = [(Sample(*line[:3]), *line[3:5]) for line in zip(*columns, strict=True) if line[5] == average]
         return {line for line in lines if line[0] in samples}

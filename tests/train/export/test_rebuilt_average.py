@@ -136,6 +136,10 @@ def test_validation_has_every_length(run: Path) -> None:
         *("weights", "length-0.05", "length-0.1", "length-0.13")
     }
     assert not list((run / "models").glob("*ema*"))
+    (line,) = (
+        x for x in (run / "logs" / "train.log").read_text().splitlines() if f"step {STEPS}: validation loss" in x
+    )
+    assert all(f"with EMA length-{length:g}" in line for length in (0.05, 0.1, DIRECT))
 
 
 def test_a_rebuilt_model_is_validated_as_the_run_validates_and_compared(
