@@ -10,6 +10,9 @@ bare reads of the same bytes, `np.load`, and webdataset's reader.
 
 Catalogue: the time and memory to list the samples of 10 thousand shards of another program (14 GB).
 
+Store: eight ranks at 22 images/s each on shards of a store that answers after 20 ms: the share of the time that they
+wait for data, and the cores that they take (data_store.py).
+
 Checks: the time to check 200 thousand latent files at the start, and to plan as many images without latents.
 """
 
@@ -30,6 +33,7 @@ import numpy as np
 from data_catalogue import time_catalogues
 from data_checks import time_checks
 from data_start import make_set, start_process
+from data_store import MAX_WAIT_SHARE, measure_store
 from harness import ROOT, Figure, print_result
 
 from sdxl_trainer.data.formats.latents import LatentSample, pack_latents
@@ -61,7 +65,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="end within a minute: 20 thousand records, 600 samples")
     parser.add_argument("--records", type=int, default=MILLION, help="number of records of the start (1 million)")
-    parser.add_argument("--only", choices=("start", "samples", "checks", "catalogue"), help="measure only this part")
+    parser.add_argument(
+        "--only", choices=("start", "samples", "checks", "catalogue", "store"), help="measure only this part"
+    )
     parser.add_argument("--shards", type=int, default=NUM_SHARDS, help="shards of the catalogue (10 thousand)")
     parser.add_argument(
         "--work",
@@ -83,6 +89,8 @@ def main() -> int:
         if arguments.only in (None, "catalogue"):
             number = QUICK_SHARDS if arguments.quick else arguments.shards
             figures |= measure_catalogue(work / f"catalogue-{number}", number)
+        if arguments.only in (None, "store"):
+            figures |= measure_ranks(work / "samples", work / "store", arguments.quick)
     return print_result("data", figures)
 
 
@@ -113,6 +121,15 @@ def measure_catalogue(folder: Path, number: int) -> dict[str, Figure]:
     figures = {name: Figure(value, ">=" if "per_second" in name else "<=") for name, value in measured.items()}
     ratio = measured["catalogue_shards_per_second"] / measured["catalogue_by_webdataset_shards_per_second"]
     return figures | {"catalogue_over_webdataset": Figure(ratio, ">=", 1.0)}
+
+
+def measure_ranks(folder: Path, work: Path, quick: bool) -> dict[str, Figure]:
+    """Measure eight ranks that read from a store with latency, and from a disk."""
+    number = QUICK_SAMPLES if quick else NUM_SAMPLES
+    shards = [Path(shard) for shard in make_samples(folder, number)]
+    targets = {"store_wait_share_of_slowest_rank": MAX_WAIT_SHARE}
+    found = measure_store(shards, work, 5.0 if quick else 60.0)
+    return {name: Figure(value, "<=", targets.get(name)) for name, value in found.items()}
 
 
 def measure_samples(folder: Path, number: int) -> dict[str, Figure]:

@@ -10,6 +10,7 @@ import pytest
 from cache_samples import hash_items, list_files, run_job, write_settings
 
 from sdxl_trainer.cache.upkeep import copying
+from sdxl_trainer.cache.upkeep.copy_targets import FolderTarget
 from sdxl_trainer.cache.upkeep.copy_units import CopyUnit, build_unit
 from sdxl_trainer.cache.upkeep.verify import verify_entries
 from sdxl_trainer.data.formats.manifest import read_latest
@@ -212,6 +213,24 @@ def test_a_full_disk_stops_the_copy_which_then_continues(
     (small_disk / "filler").unlink()
     assert copy(filled, "shards", "--copy-to", small_disk / "copy", "cache.shard_mb=1") == 0
     assert read_all(small_disk / "copy") == hash_items(filled / "shards")
+
+
+def test_a_disk_that_gives_other_bytes_than_were_written_is_named(
+    filled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    publish = FolderTarget.publish
+
+    def damage_and_publish(self, names, verify):  # pyright: ignore[reportMissingParameterType]
+        path = self.root / names[0]
+        content = bytearray(path.read_bytes())
+        content[len(content) // 2] ^= 1
+        path.write_bytes(content)
+        publish(self, names, verify)
+
+    monkeypatch.setattr(FolderTarget, "publish", damage_and_publish)
+    assert copy(filled, "shards", "--copy-to", tmp_path / "copy") == 1
+    assert "is not what was written: shards/" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "copy" / "manifest").exists()
 
 
 @pytest.fixture

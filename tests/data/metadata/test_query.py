@@ -38,7 +38,7 @@ RECORD = {
         ("not missing == 3", True),
         ("note exists", False),
         ("score exists and not (tags contains dog or score<5)", True),
-        ("score < 5 or score > 4 and tags contains dog", False),
+        ("score > 4 or score < 5 and tags contains dog", True),
         ("(score < 5 or score > 4) and tags contains cat", True),
         ("tags < 3", False),
     ],

@@ -17,7 +17,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from servers.hub_server import READ_TOKEN, TOKEN, Hub, serve_hub
 
+from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.train.convert import main
+from sdxl_trainer.train.export.card import describe_license, list_public_settings, make_public
 
 ABOUT = [
     "about.title=Shapes",
@@ -226,3 +228,24 @@ def test_conversions_keep_what_a_file_says_about_its_model(one_rank: Path, tmp_p
             metadata = file.metadata()
         assert (metadata["modelspec.title"], metadata["modelspec.author"]) == (title, author)
         assert metadata["modelspec.license"] == "my own terms"
+
+
+def test_a_card_names_no_file_of_the_settings(tmp_path: Path) -> None:
+    """Of settings that say how a model was trained, those that name files are left out; regular expressions stay."""
+    words = [
+        f"optim.name={tmp_path / 'mine.py'}:Mine",
+        "optim.schedule=./wave.py:wave",
+        "optim.groups=[{match: '^unet\\.', lr: 0.001}]",
+        f"data.caption.aliases={tmp_path / 'aliases.csv'}",
+        "optim.lr=0.5",
+        f"data.image_dirs=[{tmp_path}]",
+    ]
+    config, _ = build_config({"model": {"path": str(tmp_path)}}, words)
+    settings = list_public_settings(config)
+    assert str(tmp_path) not in repr(settings) and "wave" not in repr(settings)
+    assert settings["optim"]["lr"] == 0.5 and settings["optim"]["groups"][0]["match"] == r"^unet\."
+    assert make_public(config.optim.name) == "own code" and make_public("adamw") == "adamw"
+    assert describe_license("https://example.org/terms") == {
+        "license": "other",
+        "license_link": "https://example.org/terms",
+    }
