@@ -87,11 +87,6 @@ def add_adapter_options(parser: argparse.ArgumentParser) -> None:
         help="of the adapters that are merged, one for each --adapter in their order (1)",
     )
     add_difference_options(parser)
-    add_sharing_options(parser)
-    parser.add_argument("--overwrite", action="store_true", help="replace a target that exists")
-    parser.add_argument("--cfg", type=parse_path, metavar="FILE", help="settings; those of the checkpoint by default")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="key.sub=value", help=OVERRIDES_HELP)
-    return parser
 
 
 def add_difference_options(parser: argparse.ArgumentParser) -> None:
