@@ -20,7 +20,8 @@ def main(arguments: list[str] | None = None) -> int:
     def work() -> None:
         announce("loading PyTorch and the libraries")
         from sdxl_trainer.cache.job import run_job
-        from sdxl_trainer.cache.upkeep.commands import COMMANDS, copy_cache
+        from sdxl_trainer.cache.upkeep.commands import COMMANDS
+        from sdxl_trainer.cache.upkeep.copy_command import copy_cache
         from sdxl_trainer.cache.upkeep.copy_request import CopyRequest
         from sdxl_trainer.configs.load import load_config
 

@@ -20,8 +20,8 @@ import numpy as np
 import pytest
 from huggingface_hub.errors import GatedRepoError
 from programs import TINY
-from single_file_samples import FULL, fake_tensors, write_fake
-from single_file_samples import TINY as TINY_CONFIGS
+from samples.single_file_samples import FULL, fake_tensors, write_fake
+from samples.single_file_samples import TINY as TINY_CONFIGS
 
 from sdxl_trainer.cache.models import encoders
 from sdxl_trainer.cache.models.source import fetch_from_hub

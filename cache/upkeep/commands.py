@@ -28,25 +28,23 @@ from sdxl_trainer.cache.encode.text_caching import (
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.models.vae import load_vae
 from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
-from sdxl_trainer.cache.upkeep.copy_request import CopyRequest
-from sdxl_trainer.cache.upkeep.copying import choose_work_folder, run_copy
 from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
 from sdxl_trainer.cache.upkeep.target import join_small_shards, open_target, verify_unlocked
 from sdxl_trainer.cache.upkeep.verify import warn_of_bad_items
-from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, format_count, raise_if_any
+from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.cache_store import open_mirror
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
     ManifestWriter,
-    compact_parts,
     list_manifest_parts,
     read_latest,
     read_refused,
     verify_identity,
     write_refused,
 )
+from sdxl_trainer.data.formats.manifest_compaction import compact_parts
 from sdxl_trainer.data.formats.text_cache import verify_text_state
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
@@ -74,7 +72,7 @@ def verify_cache(config: Config, problems: list[Problem], every_byte: bool = Fal
     Raises:
         BadCacheError: at least one item is bad.
     """
-    folder = _open_existing(config, problems)
+    folder = open_existing(config, problems)
     if folder is None:
         return
     damaged: list[str] = []
@@ -108,7 +106,7 @@ def compact_cache(config: Config, problems: list[Problem]) -> None:
     Raises:
         BadCacheError: a part of the manifest has damaged lines and stays as it is.
     """
-    folder = _open_existing(config, problems)
+    folder = open_existing(config, problems)
     if folder is None:
         return
     with lock_cache(folder):
@@ -211,34 +209,13 @@ def build_text_adopter(config: Config, folder: Path) -> TextAdopter:
     return TextAdopter(requirement, compute_text_shapes(model, data.max_tokens), folder)
 
 
-def copy_cache(config: Config, problems: list[Problem], request: CopyRequest) -> None:
-    """Copy the cache, or a subset, to a folder or a store.
-
-    Raises:
-        BadCacheError: at least one item is bad; the others are copied.
-        UserInputError, FailedError: as `run_copy`.
-    """
-    own = get_cache_folder(config)
-    is_read_only = own.is_dir() and not os.access(own, os.W_OK)
-    folder = _open_existing(config, problems, choose_work_folder(own, request.target) if is_read_only else None)
-    if folder is None:
-        return
-    result = run_copy(config, folder, request)
-    logger.info(
-        "{} copied to {} ({:.1f} MB)", format_count(result.num_copied, "item"), request.target, result.num_bytes / 1e6
-    )
-    if result.bad:
-        warn_of_bad_items("bad item is not copied", result.bad.values(), folder)
-        raise BadCacheError(f"{format_count(len(result.bad), 'item')} bad and not copied; the others are at the target")
-
-
 def _repack_cache(config: Config, problems: list[Problem], to_shards: bool) -> None:
     """Copy all items to shards or to npz files, and delete the files that they replace.
 
     Raises:
         BadCacheError: at least one item is bad. Bad items stay where they are.
     """
-    folder = _open_existing(config, problems)
+    folder = open_existing(config, problems)
     if folder is None:
         return
     if get_store_url(config) is not None:
@@ -288,7 +265,7 @@ def _join_stored_shards(config: Config, to_shards: bool) -> None:
     logger.info("{} small or outdated shards joined", join_small_shards(config))
 
 
-def _open_existing(config: Config, problems: list[Problem], logs: Path | None = None) -> Path | None:
+def open_existing(config: Config, problems: list[Problem], logs: Path | None = None) -> Path | None:
     """Return the cache folder on rank 0, None on other ranks.
 
     Args:

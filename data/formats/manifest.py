@@ -355,37 +355,6 @@ def drop_damaged_lines(folder: Path) -> None:
             write_atomic(part, b"".join(whole))
 
 
-def compact_parts(folder: Path) -> list[Path]:
-    """Write the entries of all parts that hold lines as columns, delete those parts, and merge small parts of columns.
-
-    No job may be writing the cache. A part with a damaged line, or with a checksum that is none, stays as it is.
-
-    Returns:
-        The parts that stay as lines.
-    """
-    kept, columns = [], []
-    for part in list_manifest_parts(folder):
-        if part.suffix == manifest_columns.SUFFIX:
-            columns.append(part)
-            continue
-        # The number keeps the names apart: a job may append lines to a new part of this rank.
-        new, damaged = part.with_name(f"{part.stem}-{_find_highest_number(part):x}{manifest_columns.SUFFIX}"), []
-        try:
-            manifest_columns.write_entries(new, read_part(part, damaged))
-        except ValueError as error:
-            damaged.append(f"{part}: {error}")
-        if damaged:
-            new.unlink(missing_ok=True)
-            logger.warning("{} stays as lines: {}", part, damaged[0])
-            kept.append(part)
-            continue
-        sync_folder(part.parent)
-        part.unlink()
-        columns.append(new)
-    manifest_columns.merge_small_files(columns)
-    return kept
-
-
 class ManifestWriter:
     """Appends entries to a rank's part of the manifest.
 
@@ -457,7 +426,7 @@ class ManifestWriter:
 
 def find_last_number(folder: Path) -> int:
     """Return the number that the next line of a cache's manifest follows."""
-    return max(FIRST_NUMBER - 1, *map(_find_highest_number, list_manifest_parts(folder)), 0)
+    return max(FIRST_NUMBER - 1, *map(find_highest_number, list_manifest_parts(folder)), 0)
 
 
 def dump_entry(entry: ManifestEntry, number: int) -> bytes:
@@ -473,7 +442,7 @@ def dump_entry(entry: ManifestEntry, number: int) -> bytes:
     return _dump_line(orjson.dumps(fields, default=tuple))
 
 
-def _find_highest_number(part: Path) -> int:
+def find_highest_number(part: Path) -> int:
     """Return the highest number of a part's lines.
 
     Numbers rise within a part, so its end holds the highest, unless all lines there are damaged.

@@ -11,9 +11,6 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.encode.on_the_fly import build_missing_latent_encoder
-from sdxl_trainer.cache.models.encoders import load_tokenizers
-from sdxl_trainer.cache.models.model_pair import resolve_pair
 from sdxl_trainer.cache.models.single_file_check import NotSafetensorsError, read_safetensors_header
 from sdxl_trainer.cache.models.source import check_model, resolve_model
 from sdxl_trainer.configs.load import build_config, load_config
@@ -22,11 +19,8 @@ from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.configs.yaml_file import dump_yaml
 from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.files import write_atomic
-from sdxl_trainer.data.index.index import Index
-from sdxl_trainer.data.loading.loader import build_dataset
-from sdxl_trainer.data.text.strategy import load_strategy
 from sdxl_trainer.launch.activity import ACTIVITY
-from sdxl_trainer.launch.distributed import Ranks, close_ranks
+from sdxl_trainer.launch.distributed import close_ranks
 from sdxl_trainer.train.checkpoint.folder import MANIFEST
 from sdxl_trainer.train.checkpoint.model_argument import read_declared_prediction
 from sdxl_trainer.train.held_out.history import read_histories
@@ -38,15 +32,11 @@ from sdxl_trainer.train.held_out.sample_errors import (
     list_files,
     write_sample_errors,
 )
-from sdxl_trainer.train.objective.builder import build_objective
-from sdxl_trainer.train.objective.loss_feedback import build_feedback_state
-from sdxl_trainer.train.objective.objective import Objective
 from sdxl_trainer.train.report.settings import read_settings
-from sdxl_trainer.train.run.checks import read_checked_vae_config
 from sdxl_trainer.train.run.job import set_up
 from sdxl_trainer.train.run.networks import load_frozen_networks
-from sdxl_trainer.train.run.training_data import ValidationSet, build_validation_set, split_data
 from sdxl_trainer.train.run.validation import Measured, average_losses, compute_validation_errors
+from sdxl_trainer.train.scoring.validation_set import open_validation
 
 MARK = "validated"  # section of the result's config.yaml that no run has
 # Settings of training that a model file needs no more.
@@ -116,19 +106,6 @@ def validate_model(model: str, run_folder: Path, place: Place, overrides: Sequen
         for history in read_histories({step: get_file(out, step)}).by_average.values():
             logger.info("step {}: x0 error {:.5f}", step, history.means[-1])
     close_ranks()
-
-
-def open_validation(config: Config, index: Index, ranks: Ranks) -> tuple[ValidationSet | None, Objective]:
-    """Open the validation set of a run as the run does, and build its objective."""
-    strategy = load_strategy(config.data.strategy) if config.data.strategy else None
-    source = resolve_pair(config)
-    vae_config = read_checked_vae_config(config, source, index, ranks)
-    tokenizers = load_tokenizers(source, config.model)
-    dataset = build_dataset(config, index, tokenizers, strategy, vae_config["latent_channels"])
-    missing = build_missing_latent_encoder(config, source, dataset, ranks) if index.summary.num_uncached else None
-    split = split_data(config, index, strategy, ranks)
-    held_out = build_validation_set(config, split, dataset, missing.fill if missing else None)
-    return held_out, build_objective(config, vae_config, ranks, build_feedback_state(config.objective))
 
 
 def check_file(model: str) -> Iterator[Problem]:

@@ -12,7 +12,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 from safetensors import safe_open
 from safetensors.torch import save_file
-from single_file_samples import LOGIT_SCALE, POSITION_IDS, TINY, build_modules, build_tiny_modules
+from samples.single_file_samples import LOGIT_SCALE, POSITION_IDS, TINY, build_modules, build_tiny_modules
 
 from sdxl_trainer.cache.models.components import build_component, copy_weights, hash_component
 from sdxl_trainer.cache.models.diffusers_folder import WEIGHTS

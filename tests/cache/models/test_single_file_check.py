@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from single_file_samples import FULL, POSITION_IDS, TINY, fake_tensors, write_fake
+from samples.single_file_samples import FULL, POSITION_IDS, TINY, fake_tensors, write_fake
 
 from sdxl_trainer.cache.models.single_file import read_single_file
 from sdxl_trainer.cache.models.single_file_check import find_single_file_problems

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders import single_file_utils as judge
-from single_file_samples import FULL, LOGIT_SCALE, TINY, build_modules, fake_tensors
+from samples.single_file_samples import FULL, LOGIT_SCALE, TINY, build_modules, fake_tensors
 
 from sdxl_trainer.cache.models.single_file_names import (
     COMPONENT_PREFIXES,

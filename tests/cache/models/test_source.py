@@ -5,7 +5,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from single_file_samples import TINY, fake_tensors, write_fake
+from samples.single_file_samples import TINY, fake_tensors, write_fake
 
 from sdxl_trainer.cache.models.single_file_check import SDXL_CONFIG_FOLDER
 from sdxl_trainer.cache.models.source import PIPELINE_FILES, check_model, fetch_from_hub

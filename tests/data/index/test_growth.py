@@ -8,10 +8,11 @@ import numpy as np
 import orjson
 import pyarrow as pa
 from campaigns import hundred_million
-from index_samples import get_keys, list_entries, write_metadata
+from samples.index_samples import get_keys, list_entries, write_metadata
 
 from sdxl_trainer.data.formats import manifest_columns
-from sdxl_trainer.data.formats.manifest import compact_parts, drop_damaged_lines, list_manifest_parts, read_latest
+from sdxl_trainer.data.formats.manifest import drop_damaged_lines, list_manifest_parts, read_latest
+from sdxl_trainer.data.formats.manifest_compaction import compact_parts
 from sdxl_trainer.data.index import index_file, join, latent_files, record_parts, sample_rows
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.index.join import LatentSelection

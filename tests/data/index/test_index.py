@@ -10,7 +10,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 import pytest
-from index_samples import get_keys, list_entries, write_metadata
+from samples.index_samples import get_keys, list_entries, write_metadata
 
 from sdxl_trainer.data.formats.latent_header import LatentHeader
 from sdxl_trainer.data.formats.manifest import read_latest
