@@ -22,7 +22,8 @@ from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, 
 from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.checks.cache_store import build_store_problem
 from sdxl_trainer.data.checks.folders import check_writable
-from sdxl_trainer.data.formats.manifest import find_last_number, get_refused_file, read_entries
+from sdxl_trainer.data.formats.manifest import find_last_number, read_entries
+from sdxl_trainer.data.formats.refused_files import get_refused_file
 from sdxl_trainer.data.formats.text_cache import EMPTY_FILE, STATE_FILE
 from sdxl_trainer.data.index.selection import get_cache_folder, get_store_url
 from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, SHARD_FOLDER, pull_cache, push_files

@@ -1,6 +1,7 @@
 """Adopt latents and text encoder outputs of other programs (`--adopt`)."""
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from sdxl_trainer.data.formats.latents import (
     parse_latents,
 )
 from sdxl_trainer.data.formats.manifest import Identity, ManifestEntry, TextPart
+from sdxl_trainer.data.formats.refused_files import read_refused, write_refused
 from sdxl_trainer.data.formats.shards import MAX_SAMPLE_BYTES
 from sdxl_trainer.data.formats.text_outputs import BadTextError, parse_text_outputs
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size, list_buckets, place_image
@@ -149,6 +151,16 @@ def adopt_files(
                 yield key, Refusal(str(error))
         if entry is not known.get(key):
             yield key, entry
+
+
+def list_refused(folder: Path, refusals: list[Refusal]) -> None:
+    """List refused latents in the cache, so that training does not use them. Earlier ones stay until they change."""
+    found = {}
+    for file in (refusal.file for refusal in refusals if refusal.file is not None and refusal.file.exists()):
+        status = file.stat()
+        found[os.path.abspath(file)] = (status.st_size, status.st_mtime_ns)
+    if found:
+        write_refused(folder, read_refused(folder) | found)
 
 
 def _verify_fit(sample: LatentSample, image: Path, identity: Identity, rule: BucketRule, buckets: list[Size]) -> None:

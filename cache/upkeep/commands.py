@@ -27,8 +27,8 @@ from sdxl_trainer.cache.encode.text_caching import (
 )
 from sdxl_trainer.cache.models.source import resolve_model
 from sdxl_trainer.cache.models.vae import load_vae
-from sdxl_trainer.cache.upkeep.adopt import Refusal, TextAdopter, adopt_files
-from sdxl_trainer.cache.upkeep.repack import remove_replaced, repack
+from sdxl_trainer.cache.upkeep.adopt import TextAdopter, adopt_files, list_refused
+from sdxl_trainer.cache.upkeep.repack import build_record_reader, remove_replaced, repack
 from sdxl_trainer.cache.upkeep.target import join_small_shards, open_target, verify_unlocked
 from sdxl_trainer.cache.upkeep.verify import warn_of_bad_items
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
@@ -40,15 +40,11 @@ from sdxl_trainer.data.formats.manifest import (
     ManifestWriter,
     list_manifest_parts,
     read_latest,
-    read_refused,
     verify_identity,
-    write_refused,
 )
 from sdxl_trainer.data.formats.manifest_compaction import compact_parts
 from sdxl_trainer.data.formats.text_cache import verify_text_state
-from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.image_files import TEXT_OUTPUTS_SUFFIX
-from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.missing_latents import choose_output_file
 from sdxl_trainer.data.index.moved_keys import rename_entries
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder, get_store_url
@@ -175,27 +171,6 @@ def copy_to_shard(
     _, content = read_item(folder, entry)
     text = read_text_item(folder, entry)
     return storage.write_packed(entry, bytes(content), get_record(entry.key), None if text is None else bytes(text))
-
-
-def build_record_reader(index: Index) -> Callable[[str], bytes]:
-    """Return a function that returns the JSON of the record of latents by their key."""
-    rows = {key: row for row, key in enumerate(index.arrow_column("key").to_pylist())}
-
-    def get_record(key: str) -> bytes:
-        row = rows.get(key, rows.get(split_key(key)[1]))
-        return b"{}" if row is None else index.record_json(row)
-
-    return get_record
-
-
-def list_refused(folder: Path, refusals: list[Refusal]) -> None:
-    """List refused latents in the cache, so that training does not use them. Earlier ones stay until they change."""
-    found = {}
-    for file in (refusal.file for refusal in refusals if refusal.file is not None and refusal.file.exists()):
-        status = file.stat()
-        found[os.path.abspath(file)] = (status.st_size, status.st_mtime_ns)
-    if found:
-        write_refused(folder, read_refused(folder) | found)
 
 
 def build_text_adopter(config: Config, folder: Path) -> TextAdopter:

@@ -17,6 +17,8 @@ from sdxl_trainer.cache.encode.storage import (
 )
 from sdxl_trainer.cache.upkeep.verify import verify_shards
 from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
+from sdxl_trainer.data.images.bucket import split_key
+from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.launch.activity import ACTIVITY
 
 
@@ -93,6 +95,17 @@ def replace_outdated_shards(
     for file in outdated:
         (folder / file).unlink()
     return sorted(outdated)
+
+
+def build_record_reader(index: Index) -> Callable[[str], bytes]:
+    """Return a function that returns the JSON of the record of latents by their key."""
+    rows = {key: row for row, key in enumerate(index.arrow_column("key").to_pylist())}
+
+    def get_record(key: str) -> bytes:
+        row = rows.get(key, rows.get(split_key(key)[1]))
+        return b"{}" if row is None else index.record_json(row)
+
+    return get_record
 
 
 def remove_replaced(folder: Path, before: Mapping[str, ManifestEntry], after: Mapping[str, ManifestEntry]) -> int:

@@ -22,7 +22,8 @@ import pyarrow as pa
 from sdxl_trainer.configs.problems import MAX_PROBLEMS
 from sdxl_trainer.data.allocator import keep_freed_memory, release_freed_memory
 from sdxl_trainer.data.files import remove_leftovers
-from sdxl_trainer.data.formats.manifest import get_refused_file, list_manifest_parts, read_refused
+from sdxl_trainer.data.formats.manifest import list_manifest_parts
+from sdxl_trainer.data.formats.refused_files import get_refused_file, read_refused
 from sdxl_trainer.data.images.image_files import walk_images
 from sdxl_trainer.data.images.skipped_files import SkippedFiles
 from sdxl_trainer.data.index.index_file import IndexFile, are_undamaged, open_undamaged, write_index_file

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.formats.latents import UnreadLatentError
-from sdxl_trainer.data.formats.manifest import read_refused
+from sdxl_trainer.data.formats.refused_files import read_refused
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
 from sdxl_trainer.data.index.key_hash import Entries, KeyHashes, find_newest_entries, hash_keys
