@@ -39,8 +39,7 @@ from sdxl_trainer.launch.distributed import (
 )
 
 SPOOL_FOLDER = "spool"
-# The manifest's files of one shard.
-SHARD_FILE = re.compile(r"manifest/(part-\d+-\d+x\d+-\d+-\d+\.jsonl|object-.*\.json)")
+OBJECT_FILE = re.compile(rf"{MANIFEST_FOLDER}/{OBJECT_PREFIX}(.*\.tar)\.json")
 SHARDS_IN_SPOOL = 2  # of each rank at least: one that is filled, one that is uploaded
 
 
@@ -176,24 +175,29 @@ def tidy_store(store: CacheStore, folder: Path) -> None:
 
 
 def list_leftovers(names: set[str], folder: Path) -> list[str]:
-    """Return the objects of a cache that belong to no shard that is up and listed.
+    """Return the shards that no part of the manifest lists, and the checksums of shards that are neither up nor listed.
+
+    A part stays when its shard is gone: its items count as missing then.
 
     Args:
         names: of all objects.
         folder: the mirror, which is up to date.
     """
     shards = {name for name in names if name.startswith(f"{SHARD_FOLDER}/")}
-    unlisted = {shard for shard in shards if _name_files(shard)[0] not in names}
+    unlisted = {shard for shard in shards if _name_part(shard) not in names}
     if unlisted:  # a cache that was copied has parts of other names
         unlisted -= {entry.file for entry in read_entries(folder)}
-    kept = {name for shard in shards - unlisted for name in _name_files(shard)}
-    return [name for name in names if name in unlisted or (SHARD_FILE.fullmatch(name) and name not in kept)]
+    left = list(unlisted)
+    for name in names:
+        match = OBJECT_FILE.fullmatch(name)
+        shard = f"{SHARD_FOLDER}/{match[1]}" if match else ""
+        if match and shard not in shards - unlisted and _name_part(shard) not in names:
+            left.append(name)
+    return left
 
 
-def _name_files(shard: str) -> list[str]:
-    """Return the manifest's part of a shard, and the file that holds its size and checksums."""
-    name = shard.rpartition("/")[2]
-    return [f"{MANIFEST_FOLDER}/{name_part(name)}", f"{MANIFEST_FOLDER}/{OBJECT_PREFIX}{name}.json"]
+def _name_part(shard: str) -> str:
+    return f"{MANIFEST_FOLDER}/{name_part(shard.rpartition('/')[2])}"
 
 
 def push_state(url: str, folder: Path) -> None:

@@ -133,15 +133,24 @@ def replace_stored_shards(
                 )
     storage.close()
     uploads.sync()
-    for file in outdated:
+    gone = _list_gone(folder, entries.values()) - stored.keys()
+    for file in outdated | gone:
         name = file.rpartition("/")[2]
-        parts = [f"{MANIFEST_FOLDER}/{name_part(name)}", f"{MANIFEST_FOLDER}/{OBJECT_PREFIX}{name}.json"]
-        store.delete([*parts, file])
-    if outdated:
+        # The shard goes last: one that no part lists is deleted by the next job.
+        store.delete([f"{MANIFEST_FOLDER}/{name_part(name)}"])
+        store.delete([f"{MANIFEST_FOLDER}/{OBJECT_PREFIX}{name}.json", file])
+    if outdated or gone:
         pull_cache(store.url, folder)
     for file in sorted(outdated):
         logger.info("replaced {}, which was partly out of date", file)
     return sorted(outdated)
+
+
+def _list_gone(folder: Path, entries: Iterable[ManifestEntry]) -> set[str]:
+    """Return the shards of the manifest's files that no valid entry needs any more."""
+    names = (file.name for file in (folder / MANIFEST_FOLDER).glob(f"{OBJECT_PREFIX}*.tar.json"))
+    known = {f"{SHARD_FOLDER}/{name.removeprefix(OBJECT_PREFIX).removesuffix('.json')}" for name in names}
+    return known - {entry.file for entry in entries}
 
 
 def _list_small(sizes: Mapping[str, int], small_bytes: int) -> Sequence[str]:
