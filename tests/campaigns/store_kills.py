@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -173,6 +174,19 @@ def check_listed(url: str, entries: dict[str, ManifestEntry], contents: dict[str
     return problems
 
 
+def check_kept(before: dict[str, ManifestEntry], after: dict[str, ManifestEntry], output: str) -> list[str]:
+    """Compare what was listed before a job with what is listed after it, and with the images that it planned to encode.
+
+    An entry may change its place: items of a partly listed shard are copied into another one.
+    """
+    lost = [key for key, entry in before.items() if key not in after or after[key].sha256 != entry.sha256]
+    problems = [f"{key}: listed before, and lost or changed" for key in lost]
+    planned = sum(int(number) for number in re.findall(r"; (\d+) to do on", output))
+    if planned > NUM_IMAGES - len(before):
+        problems.append(f"{planned} images to encode, though {len(before)} of {NUM_IMAGES} were listed")
+    return problems
+
+
 def check_whole(url: str, entries: dict[str, ManifestEntry], contents: dict[str, bytes]) -> list[str]:
     """Find torn, unlisted and left objects of a cache whose job has ended."""
     names = {item.url[len(url) + 1 :] for item in list_objects(url)}
@@ -208,7 +222,7 @@ def run_campaign(work: Path, num_kills: int, seconds: float, seed: int, rate: fl
                 tally.starts, tally.kills, tally.faults = tally.starts + 1, tally.kills + killed, tally.faults + faults
                 entries, contents = read_store(url, work / "seen"), {}
                 found = check_listed(url, entries, contents)
-                found += [f"{key}: encoded again" for key, entry in listed.items() if entries.get(key) != entry]
+                found += check_kept(listed, entries, output)
                 if status and not killed:
                     found.append(f"a job that was not killed ended with {status}: {output[-2000:]}")
                 tally.problems += found
