@@ -237,7 +237,8 @@ def _join_stored_shards(config: Config, to_shards: bool) -> None:
         rule = "cannot be unpacked: a cache on a store holds shards only"
         cure = "copy the cache to a folder, and unpack the copy"
         raise UserInputError([Problem("cache.dir", config.cache.dir, rule, cure)])
-    logger.info("{} small or outdated shards joined", join_small_shards(config))
+    replaced = join_small_shards(config)
+    logger.info("{} small or outdated shards joined", replaced)
 
 
 def open_existing(config: Config, problems: list[Problem], logs: Path | None = None) -> Path | None:
