@@ -1,6 +1,5 @@
 """Commands that maintain a cache: verify, pack, unpack, compact, and adopt. They run only on rank 0."""
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-from loguru import logger
 
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.data.files import HashedFile, create_folder, sync_folder, write_atomic
