@@ -67,6 +67,22 @@ def test_a_manifest_that_grows_every_day_has_few_files(tmp_path):
     assert keys == list(read_latest(tmp_path)) and len(keys) == 120 and num_read <= 7 * 120
 
 
+def test_records_without_a_caption_are_skipped_although_the_manifest_lists_them(tmp_path):
+    records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {"a": {"caption": "x"}, "b": {}})], [])
+    list_entries(tmp_path, "a", "b")
+    assert get_keys(open_sample_index(tmp_path, records)) == ["a", "b"]
+    assert get_keys(open_sample_index(tmp_path, records, LatentSelection(captioned_only=True))) == ["a"]
+
+
+def test_groups_of_rows_are_bounded_by_their_bytes(tmp_path, monkeypatch):
+    """Arrow's texts hold at most 2 GiB a group."""
+    monkeypatch.setattr(index_file, "GROUP_BYTES", 3000)
+    batches = [pa.record_batch([[f"{number:01000d}"]], ["text"]) for number in range(10)]
+    groups = list(index_file.regroup(batches))
+    assert [len(group) for group in groups] == [3, 3, 3, 1]
+    assert pa.Table.from_batches(groups) == pa.Table.from_batches(batches).combine_chunks()
+
+
 def test_a_manifest_of_columns_joins_as_its_lines_do(tmp_path, monkeypatch):
     records = open_record_index(tmp_path, [write_metadata(tmp_path / "m.json", {key: {} for key in "abc"})], [])
     list_entries(tmp_path, "a", "b", "gone")
