@@ -104,46 +104,71 @@ def start_job(settings: Path, url: str, work: Path, layout: tuple[int, int], out
     return nodes
 
 
+@dataclass
+class FaultChooser:
+    """Choose the fault of each request, and kill the job by its plan."""
+
+    rng: random.Random
+    rate: float  # share of requests that fail
+    plan: Plan | None
+    num_faults: int = 0
+    guard: threading.Lock = field(default_factory=threading.Lock)
+
+    def choose(self, request: Request) -> str | None:
+        """Return the fault of a request, or None. The proxy calls it on many threads."""
+        with self.guard:
+            if self.plan is not None and self._is_due(self.plan, request):
+                self._kill(self.plan)
+                return self.rng.choice(("reset", "lost", None))
+            if self.rng.random() < self.rate:
+                self.num_faults += 1
+                return self.rng.choice(FAULTS)
+        return None
+
+    def _is_due(self, plan: Plan, request: Request) -> bool:
+        if plan.happened.is_set():
+            return False
+        plan.count += request.method in ("PUT", "POST", "DELETE")
+        return plan.count >= plan.at and bool(plan.processes)
+
+    def _kill(self, plan: Plan) -> None:
+        plan.happened.set()
+        kill_running([process for node in plan.processes[: plan.nodes] for process in node])
+
+
+def kill_running(processes: list[BaseProcess]) -> None:
+    """Kill the processes that have not ended."""
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+
+
 def run_once(
     settings: Path, url: str, work: Path, proxy: FaultyStore, rng: random.Random, rate: float, plan: Plan | None
 ) -> tuple[int, str, int]:
     """Run a job, killed by the plan. Return its status (the worst of its ranks), its output, and the faults."""
-    layout, output, num_faults = rng.choice(LAYOUTS), work / "output.txt", 0
+    layout, output, chooser = rng.choice(LAYOUTS), work / "output.txt", FaultChooser(rng, rate, plan)
     output.write_text("")
-    guard = threading.Lock()
-
-    def choose(request: Request) -> str | None:
-        nonlocal num_faults
-        with guard:
-            if plan is not None and not plan.happened.is_set():
-                plan.count += request.method in ("PUT", "POST", "DELETE")
-                if plan.count >= plan.at and plan.processes:
-                    plan.happened.set()
-                    for process in (process for node in plan.processes[: plan.nodes] for process in node):
-                        if process.exitcode is None:
-                            process.kill()
-                    return rng.choice(("reset", "lost", None))
-            if rng.random() < rate:
-                num_faults += 1
-                return rng.choice(FAULTS)
-        return None
-
-    proxy.choose_fault = choose
+    proxy.choose_fault = chooser.choose
     nodes = start_job(settings, url, work, layout, output)
     if plan is not None:
         plan.processes = rng.sample(nodes, len(nodes))
     processes = [process for node in nodes for process in node]
+    wait_for_job(processes)
+    proxy.choose_fault = lambda request: None
+    statuses = [process.exitcode or 0 for process in processes]
+    return next((status for status in statuses if status), 0), output.read_text(errors="replace"), chooser.num_faults
+
+
+def wait_for_job(processes: list[BaseProcess]) -> None:
+    """Wait until all ranks have ended. Ten seconds after one has failed, the others are killed as by a launcher."""
     deadline, grace = time.monotonic() + JOB_SECONDS, None
     while any(process.exitcode is None for process in processes):
         time.sleep(0.05)
         failed = any(process.exitcode for process in processes)
-        grace = grace or (time.monotonic() + 10.0 if failed else None)  # launchers end the other ranks, too
+        grace = grace or (time.monotonic() + 10.0 if failed else None)
         if (grace is not None and time.monotonic() > grace) or time.monotonic() > deadline:
-            for process in processes:
-                process.kill()
-    proxy.choose_fault = lambda request: None
-    statuses = [process.exitcode or 0 for process in processes]
-    return next((status for status in statuses if status), 0), output.read_text(errors="replace"), num_faults
+            kill_running(processes)
 
 
 def read_store(url: str, folder: Path) -> dict[str, ManifestEntry]:
@@ -208,41 +233,43 @@ def run_campaign(work: Path, num_kills: int, seconds: float, seed: int, rate: fl
     rng, tally, deadline = random.Random(seed), Tally(), time.monotonic() + seconds
     settings = make_set(work)
     SERVER.set_forkserver_preload(PRELOADED)
+
+    def draw_plan() -> Plan | None:
+        wants_kill = tally.kills < num_kills and time.monotonic() < deadline and rng.random() < 0.85
+        return Plan(at=rng.randint(1, 30), nodes=rng.choice((1, 2, 2))) if wants_kill else None
+
     with serve_store() as proxy:
         import s3fs
 
         s3fs.S3FileSystem().mkdir("campaign")
         while tally.kills < num_kills and time.monotonic() < deadline:
-            url, listed = f"s3://campaign/cache-{tally.caches}", {}
-            while True:
-                wants_kill = tally.kills < num_kills and time.monotonic() < deadline and rng.random() < 0.85
-                plan = Plan(at=rng.randint(1, 30), nodes=rng.choice((1, 2, 2))) if wants_kill else None
+            url, listed, status = f"s3://campaign/cache-{tally.caches}", {}, None
+            while status != 0:
+                plan = draw_plan()
                 status, output, faults = run_once(settings, url, work, proxy, rng, rate, plan)
                 killed = plan is not None and plan.happened.is_set()
                 tally.starts, tally.kills, tally.faults = tally.starts + 1, tally.kills + killed, tally.faults + faults
                 entries, contents = read_store(url, work / "seen"), {}
-                found = check_listed(url, entries, contents)
-                found += check_kept(listed, entries, output)
+                found = [*check_listed(url, entries, contents), *check_kept(listed, entries, output)]
                 if status and not killed:
                     found.append(f"a job that was not killed ended with {status}: {output[-2000:]}")
-                tally.problems += found
-                listed = entries
-                print(
-                    f"{tally.kills} kills, {tally.starts} starts, {tally.faults} faults: {url} status {status}, "
-                    f"{len(entries)} listed, {len(tally.problems)} problems",
-                    flush=True,
-                )
-                for problem in found:
-                    print(f"  PROBLEM {problem}", flush=True)
                 if status == 0:
-                    tally.problems += (whole := check_whole(url, entries, contents))
-                    for problem in whole:
-                        print(f"  PROBLEM {problem}", flush=True)
-                    break
-                if rng.random() < 0.3:  # a node is replaced by another one
+                    found += check_whole(url, entries, contents)
+                listed = entries
+                report(tally, url, status, len(entries), found)
+                if status and rng.random() < 0.3:  # a node is replaced by another one
                     shutil.rmtree(work / f"node-{rng.randint(0, 1)}", ignore_errors=True)
             tally.caches += 1
     return tally
+
+
+def report(tally: Tally, url: str, status: int, num_listed: int, problems: list[str]) -> None:
+    """Add the problems of a start to the tally, and print them."""
+    tally.problems += problems
+    counts = f"{tally.kills} kills, {tally.starts} starts, {tally.faults} faults"
+    print(f"{counts}: {url} status {status}, {num_listed} listed, {len(tally.problems)} problems", flush=True)
+    for problem in problems:
+        print(f"  PROBLEM {problem}", flush=True)
 
 
 def main() -> int:
