@@ -65,7 +65,7 @@ def add_copy_options(parser: argparse.ArgumentParser, modes: Any) -> None:
         help="copy the cache to a folder or a URL, check it there; continues if interrupted",
     )
     parser.add_argument(
-        "--where", metavar="QUERY", help="copy those items alone: 'aesthetic_score >= 5 and tags contains cat'"
+        "--where", metavar="QUERY", help="copy those items alone: `aesthetic_score >= 5 and tags contains cat`"
     )
     parser.add_argument("--part", metavar="I/N", help="copy one of N parts of about equal size, such as 1/4")
     parser.add_argument(

@@ -64,7 +64,8 @@ def test_completion_completes_commands_options_and_settings(helps: dict[str, str
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     assert complete("") == [*PROGRAMS, "completion"] and complete("ca") == ["cache"]
-    assert complete("cache", "--") == "--help --cfg --dry-run --verify --repair --pack --unpack --adopt".split()
+    options = "--help --cfg --dry-run --verify --repair --pack --unpack --compact --adopt --copy-to --where --part --as --rekey"
+    assert complete("cache", "--") == [*options.split(), "--every-byte"]
     assert complete("train", "optim.w") == ["optim.weight_decay=", "optim.warmup_steps="]
     assert complete("report", "optim.w") == [] and complete("completion", "x") == []
 
@@ -98,7 +99,7 @@ def test_a_program_keeps_its_status_and_names_commands_as_they_were_given(tmp_pa
 
     assert start("cache") == (2, ANSWER)
     status, printed = start("convert")
-    assert status == 2 and printed.endswith("the following arguments are required: source, target\n"), printed
+    assert status == 2 and printed.endswith("the following arguments are required: source\n"), printed
     status, printed = start("train", "--cfg", "kohya.toml")
     assert status == 2 and "sdxl-trainer import kohya.toml --out my.yaml" in printed, printed
     status, printed = start("import", "kohya.toml", "--out", "my.yaml")
