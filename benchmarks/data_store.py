@@ -80,8 +80,12 @@ def run_ranks(sources: list[str], work: Path, seconds: float) -> list[RankTimes]
     start = threading.Barrier(RANKS + 1)
 
     def run(batches: Any) -> RankTimes:
-        for _ in range(WARM_STEPS):
-            assert not next(batches).bad
+        try:
+            for _ in range(WARM_STEPS):
+                assert not (bad := next(batches).bad), bad
+        except BaseException:
+            start.abort()  # so that the others do not wait for this rank
+            raise
         start.wait()
         began, waits = time.perf_counter(), []
         while time.perf_counter() - began < seconds:

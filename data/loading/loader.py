@@ -1,6 +1,7 @@
 """The stream of one rank's micro batches from any position on, read ahead by worker processes."""
 
 import json
+import mmap
 import os
 import signal
 import threading
@@ -50,6 +51,8 @@ def build_plan(
         members = index.group_by_bucket()
         numbers = [width << 16 | height for width, height in members.buckets]
         starts = np.cumsum([0, *members.counts])
+        # Reads a row of each page: a page fault for each sample would take as long as computing the order of a batch.
+        members.rows[:: mmap.PAGESIZE // members.rows.itemsize].max(initial=0)
         return Plan(BucketRows(members.rows, numbers, starts), global_batch_size, seed, repeats)
     buckets = (index.column("bucket_width").astype(np.int64) << 16) | index.column("bucket_height")
     shards = index.group_by_shard()
