@@ -1,10 +1,10 @@
 """Eight ranks that train on shards of a store with latency: whether reads hide behind the step; figures of data.py.
 
-Each rank reads micro batches as training does, by its own worker processes, and sleeps for the time of a step at the
-speed of an H100 (22 images a second). The ranks are threads here, so that a small machine can run eight of them. The
-store is an HTTP server, a process of its own, that answers each request after 20 ms. In training all ranks wait for the
-slowest one, so of each step the longest wait of a rank counts. CPU time is that of ranks and workers, without the
-server's.
+Each rank reads micro batches as training on a GPU does, by its own worker processes and a thread that receives from
+them, and sleeps for the time of a step at the speed of an H100 (22 images a second). The ranks are threads here, so
+that a small machine can run eight of them. The store is an HTTP server, a process of its own, that answers each request
+after 20 ms. In training all ranks wait for the slowest one, so of each step the longest wait of a rank counts. CPU time
+is that of ranks and workers, without the server's.
 """
 
 import asyncio
@@ -76,13 +76,14 @@ def run_ranks(sources: list[str], work: Path, seconds: float) -> list[RankTimes]
     index = open_sample_index(work, open_record_index(work, sources, []))
     dataset, plan = build_dataset(index, work, load_tokenizers()), build_plan(index, GLOBAL_BATCH, 0)
     specs = [iterate_specs(plan, Position(0, 0), rank, RANKS, MICRO_BATCH) for rank in range(RANKS)]
-    ranks: list[Any] = [iterate_batches(dataset, own, NUM_WORKERS) for own in specs]
+    loaders: list[Any] = [iterate_batches(dataset, own, NUM_WORKERS) for own in specs]
+    ranks = [Receiver(loader) for loader in loaders]
     start = threading.Barrier(RANKS + 1)
 
-    def run(batches: Any) -> RankTimes:
+    def run(batches: Receiver) -> RankTimes:
         try:
             for _ in range(WARM_STEPS):
-                assert not (bad := next(batches).bad), bad
+                batches.receive()
         except BaseException:
             start.abort()  # so that the others do not wait for this rank
             raise
@@ -90,7 +91,7 @@ def run_ranks(sources: list[str], work: Path, seconds: float) -> list[RankTimes]
         began, waits = time.perf_counter(), []
         while time.perf_counter() - began < seconds:
             asked = time.perf_counter()
-            assert not next(batches).bad
+            batches.receive()
             waits.append(time.perf_counter() - asked)
             time.sleep(MICRO_BATCH / IMAGES_PER_SECOND)
         return RankTimes(waits, time.perf_counter() - began)
@@ -98,13 +99,32 @@ def run_ranks(sources: list[str], work: Path, seconds: float) -> list[RankTimes]
     with ThreadPoolExecutor(RANKS) as pool:
         running = [pool.submit(run, batches) for batches in ranks]
         start.wait()
-        workers = [worker.pid for batches in ranks for worker in batches._workers]
+        workers = [worker.pid for loader in loaders for worker in loader._workers]
         cpu = sum(map(read_cpu_seconds, [os.getpid(), *workers]))
         times = [future.result() for future in running]
         cpu = sum(map(read_cpu_seconds, [os.getpid(), *workers])) - cpu
-    for batches in ranks:
-        batches._shutdown_workers()
+    for batches, loader in zip(ranks, loaders, strict=True):
+        batches.close()
+        loader._shutdown_workers()
     return [replace(each, cpu_seconds=cpu / RANKS) for each in times]
+
+
+class Receiver:
+    """A thread that receives a micro batch ahead, as DataLoader's own thread does when it pins memory for a GPU."""
+
+    def __init__(self, batches: Iterator[Any]):
+        self._batches, self._thread = batches, ThreadPoolExecutor(1)
+        self._next = self._thread.submit(next, batches)
+
+    def receive(self) -> None:
+        """Wait for the next micro batch, which must be readable."""
+        batch = self._next.result()
+        self._next = self._thread.submit(next, self._batches)
+        assert not batch.bad, batch.bad
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
 
 
 def read_cpu_seconds(process: int) -> float:
