@@ -10,6 +10,7 @@ os.environ["LANGUAGE"] = "en"  # tests look for English messages, in any locale
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -41,6 +42,14 @@ def starts_ranks(item: pytest.Item) -> bool:
 def rank_server(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Where the workers of this session find the process that their ranks are forked from."""
     os.environ[PLACE_VARIABLE] = str(find_common_folder(tmp_path_factory) / "rank-server.json")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Every test begins with one thread: moving averages in host memory change the number for the whole process."""
+    yield
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 def find_common_folder(factory: pytest.TempPathFactory) -> Path:

@@ -64,8 +64,9 @@ def test_completion_completes_commands_options_and_settings(helps: dict[str, str
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     assert complete("") == [*PROGRAMS, "completion"] and complete("ca") == ["cache"]
-    options = "--help --cfg --dry-run --verify --repair --pack --unpack --compact --adopt --copy-to --where --part --as --rekey"
-    assert complete("cache", "--") == [*options.split(), "--every-byte"]
+    commands = "--verify --repair --pack --unpack --compact --adopt --copy-to"
+    options = ["--help", "--cfg", "--dry-run", *commands.split(), "--where", "--part", "--as", "--rekey", "--every-byte"]
+    assert complete("cache", "--") == options
     assert complete("train", "optim.w") == ["optim.weight_decay=", "optim.warmup_steps="]
     assert complete("report", "optim.w") == [] and complete("completion", "x") == []
 

@@ -27,18 +27,19 @@ ENGINES = {
     "ZeRO 0": {"zero_stage": 0, "precision": "fp32"},
     "ZeRO 1": {"zero_stage": 1, "precision": "bf16"},
     "ZeRO 3": {"zero_stage": 3, "precision": "bf16"},
-    "offload": {"zero_stage": 2, "precision": "bf16", "offload_optimizer": True},
+    "offload": {"zero_stage": 2, "precision": "bf16", "offload_optimizer": True, "name": "torch.optim.AdamW"},
 }
+COMPILED = {"name": "adamw"}  # DeepSpeed's for offloading, which takes minutes to compile
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose averages are on the device")
 
 
-def build_engine(on_host: bool, device: str = "cpu", **engine: object) -> Engine:
+def build_engine(on_host: bool, device: str = "cpu", name: str = "adamw", **engine: object) -> Engine:
     init_ranks()
     config = EngineConfig.model_validate(engine)
     torch.manual_seed(1)
     net = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 3)).to(device)
     optimizer = build_optimizer(
-        [{"params": list(net.parameters()), "lr_scale": 1.0}], OptimConfig.model_validate({}), config
+        [{"params": list(net.parameters()), "lr_scale": 1.0}], OptimConfig.model_validate({"name": name}), config
     )
     ema = EmaConfig(decays=DECAYS, lengths=[LENGTH], warmup=False, on_host=on_host)
     return Engine(net, optimizer, config, BatchSizes(4, 4, 1), 0.0, ema)
@@ -57,7 +58,14 @@ def read_averages(engine: Engine) -> dict[str, torch.Tensor]:
     return {f"{name} {average}": engine.weights.gather(name, average) for name, average in names}
 
 
-@pytest.mark.parametrize("settings", ENGINES.values(), ids=ENGINES.keys())
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *ENGINES.values(),
+        pytest.param(ENGINES["offload"] | COMPILED, marks=pytest.mark.long),
+    ],
+    ids=[*ENGINES, "offload, compiled"],
+)
 def test_averages_on_the_host_are_those_on_the_device(settings: dict, tmp_path: Path) -> None:
     plain, host = build_engine(False, **settings), build_engine(True, **settings)
     for engine in (plain, host):
