@@ -65,7 +65,17 @@ def test_completion_completes_commands_options_and_settings(helps: dict[str, str
 
     assert complete("") == [*PROGRAMS, "completion"] and complete("ca") == ["cache"]
     commands = "--verify --repair --pack --unpack --compact --adopt --copy-to"
-    options = ["--help", "--cfg", "--dry-run", *commands.split(), "--where", "--part", "--as", "--rekey", "--every-byte"]
+    options = [
+        "--help",
+        "--cfg",
+        "--dry-run",
+        *commands.split(),
+        "--where",
+        "--part",
+        "--as",
+        "--rekey",
+        "--every-byte",
+    ]
     assert complete("cache", "--") == options
     assert complete("train", "optim.w") == ["optim.weight_decay=", "optim.warmup_steps="]
     assert complete("report", "optim.w") == [] and complete("completion", "x") == []
