@@ -373,7 +373,7 @@ class TrainConfig(Section):
     memory is full, for speed; the result is the same."""
     on_non_finite: Literal["skip", "stop"] = "skip"
     """What to do when the loss or the gradient of a step is not finite (NaN or infinite). Such a step never updates the
-    weights, and its samples are listed in `logs/bad_samples.jsonl`. `skip` continues with the next global batch;
+    weights, and its samples are listed in `logs/bad_samples*.jsonl`. `skip` continues with the next global batch;
     `stop` saves a checkpoint of the state before the step and ends with status 1."""
     max_non_finite_steps: int = Field(10, ge=0)
     """Maximum number of steps that `train.on_non_finite: skip` skips in the whole run. One more acts like `stop`."""
