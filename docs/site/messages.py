@@ -157,7 +157,7 @@ def build_page(language: str = "en") -> str:
         known = {entry.text: entry.translation for entry in read_catalogue(CATALOGUES[language])}
     other, *columns = HEADINGS[language]
     rows = list_rows(ROOT)
-    lines = [INTRODUCTION[language].format(gap=GAP)]
+    lines = [INTRODUCTION[language].format(gap=GAP).rstrip()]
     for section in [*dict.fromkeys(row.section for row in rows if row.section), ""]:
         lines.append(f"\n## {section or other}\n")
         lines += [_format_cells(columns), _format_cells(["---"] * 3)]
