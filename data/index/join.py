@@ -220,12 +220,11 @@ def _describe_other_sizes(records: RecordParts, latents: LatentFiles, row_of_rec
         for row_of_latents in row_of_record.values():
             at = row_of_latents[start : start + len(batch)]
             rows = np.flatnonzero((at >= 0) & (recorded > 0))
-            known = (widen_sizes(sizes[at[rows]]) for sizes in (original, bucket))
-            differs = np.all([recorded[rows] != size for size in known], axis=0)
-            contradicts[rows[differs]] = True
-            if first is None and differs.any():
-                row = int(rows[differs][0])
-                first = (start + row, int(at[row]))
+            for sizes in (original, bucket):
+                rows = rows[recorded[rows] != widen_sizes(sizes[at[rows]])]
+            contradicts[rows] = True
+            if first is None and len(rows):
+                first = (start + int(rows[0]), int(at[rows[0]]))
         number += int(contradicts.sum())
         start += len(batch)
     if first is None:

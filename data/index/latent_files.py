@@ -188,7 +188,9 @@ class LatentFiles:
             used = np.unique(stored)
             numbers = [names.number(own[number]) for number in used.tolist()]
             kind = np.uint16 if len(names) <= 1 << 16 else np.int32
-            parts.append(np.array(numbers, kind)[np.searchsorted(used, stored)])
+            # Most batches have one identity, which needs no search.
+            places = np.searchsorted(used, stored) if len(used) > 1 else np.zeros(len(stored), np.intp)
+            parts.append(np.array(numbers, kind)[places])
         numbers, texts = np.concatenate(parts), names.to_list()
         counts = {key: np.zeros(len(texts), np.int64) for key in rows_of}
         for key, rows in rows_of.items():
