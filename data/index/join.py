@@ -21,7 +21,14 @@ from sdxl_trainer.data.formats.latents import UnreadLatentError
 from sdxl_trainer.data.formats.refused_files import read_refused
 from sdxl_trainer.data.images.bucket import BucketRule, Placement, Size
 from sdxl_trainer.data.images.image_files import LATENT_SUFFIX
-from sdxl_trainer.data.index.key_hash import Entries, KeyHashes, find_newest_entries, hash_keys
+from sdxl_trainer.data.index.earlier_join import EarlierJoin, Part, list_parts, open_earlier_join
+from sdxl_trainer.data.index.key_hash import (
+    Entries,
+    KeyHashes,
+    find_newest_entries,
+    hash_keys,
+    update_newest_entries,
+)
 from sdxl_trainer.data.index.latent_files import LatentFiles, pack_size, widen_sizes, write_latent_file
 from sdxl_trainer.data.index.listed_latents import build_listed_latents
 from sdxl_trainer.data.index.missing_latents import BadImage, EncodingSettings, PlannedLatents, plan_missing_latents
@@ -73,6 +80,7 @@ class JoinedLatents:
     latents: LatentFiles
     row_of_record: dict[str, np.ndarray]  # prefix → [N] int32 row of `latents`, -1 for none
     summary: JoinSummary
+    matched: dict[str, list[Part]]  # the parts that were matched by their keys, for `open_earlier_join`
 
 
 def join_latents(cache_folder: Path, records: RecordParts, selection: LatentSelection) -> JoinedLatents:
@@ -82,14 +90,18 @@ def join_latents(cache_folder: Path, records: RecordParts, selection: LatentSele
     paths, parts = build_listed_latents(cache_folder, folder)
     listed = LatentFiles(paths)
     entries = _list_entries(listed, parts)
-    row_of_record = {}
+    record_parts, latent_parts = list_parts(records.files, records.counts), list_parts(listed.files, listed.lengths)
+    earlier = open_earlier_join(cache_folder / "index", record_parts, latent_parts)
+    row_of_record, num_moved = {}, 0
     for prefix, rows in wanted.items():
-        row_of_record[prefix] = find_newest_entries(_hash_with_prefix(records, prefix), entries)
+        row_of_record[prefix] = _find_listed(_hash_with_prefix(records, prefix), entries, earlier, prefix)
         row_of_record[prefix][~rows] = -1
     for prefix, rows in wanted.items():
         missing = _select_moved(listed, row_of_record, records, np.flatnonzero(rows & (row_of_record[prefix] < 0)))
         if len(missing):
-            row_of_record[prefix][missing] = _find_moved_latents(cache_folder, entries, records, prefix, missing)
+            moved = _find_moved_latents(cache_folder, entries, records, prefix, missing)
+            num_moved += np.count_nonzero(moved >= 0)
+            row_of_record[prefix][missing] = moved
     identities = listed.count_identities(row_of_record)
     missing = {prefix: rows & (row_of_record[prefix] < 0) for prefix, rows in wanted.items()}
     search = _Search(records, missing, dict(selection.rules))
@@ -117,7 +129,18 @@ def join_latents(cache_folder: Path, records: RecordParts, selection: LatentSele
         bad=search.bad,
         watched=sorted(search.watched),
     )
-    return JoinedLatents(paths, latents, row_of_record, summary)
+    # Keys do not lead to moved latents, so that a later join has to find them again.
+    matched = {} if num_moved else {"record_parts": record_parts, "latent_parts": latent_parts}
+    return JoinedLatents(paths, latents, row_of_record, summary, matched)
+
+
+def _find_listed(keys: KeyHashes, entries: Entries, earlier: EarlierJoin | None, prefix: str) -> np.ndarray:
+    """Return for each key the row of its newest entry, or -1, [N] int32."""
+    if earlier is None:
+        return find_newest_entries(keys, entries)
+    found = earlier.list_known(prefix)
+    update_newest_entries(found, keys, entries, earlier.is_new)
+    return found
 
 
 def _list_entries(listed: LatentFiles, parts: Sequence[int]) -> Entries:

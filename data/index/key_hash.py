@@ -12,6 +12,8 @@ import pyarrow as pa
 
 SORTED_AT_ONCE = 1 << 22  # hashes
 KEYS_AT_ONCE = 8192
+MAX_SEARCHED = 0.25  # share of the keys above which all are searched, which is as fast
+MAX_TABLE_BITS = 26
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 NO_HASHES = np.empty(0, np.uint64)
 
@@ -100,6 +102,61 @@ def find_newest_entries(keys: KeyHashes, entries: Entries) -> np.ndarray:
             matches = (newest.first[places] == wanted.first) & (newest.second[places] == wanted.second)
             found[wanted.rows[matches]] = newest.rows[places[matches]]
     return found
+
+
+def update_newest_entries(found: np.ndarray, keys: KeyHashes, entries: Entries, is_new: np.ndarray) -> None:
+    """Fill in the newest entries of the keys that have none yet, and of those that new entries list.
+
+    Args:
+        found: [keys] int32 number of the newest entry of each key that is not new, or -1; changed in place.
+        is_new: [entries] bool.
+    """
+    searched = found < 0
+    searched[_find_hashes(keys.first, _take_rows(entries.hashes.first, np.flatnonzero(is_new)))] = True
+    rows = np.flatnonzero(searched)
+    if len(rows) > MAX_SEARCHED * len(found):
+        found[:] = find_newest_entries(keys, entries)
+        return
+    own = _take_hashes(keys, rows)
+    at = _find_hashes(entries.hashes.first, *own.first)
+    hashes = _take_hashes(entries.hashes, at)
+    newest = find_newest_entries(
+        own, Entries(hashes, lambda part: entries.get_parts(at[part]), lambda part: entries.get_numbers(at[part]))
+    )
+    is_found = newest >= 0
+    found[rows] = -1
+    found[rows[is_found]] = at[newest[is_found]]
+
+
+def _find_hashes(chunks: Sequence[np.ndarray], wanted: np.ndarray) -> np.ndarray:
+    """Return the rows whose hash is among a few wanted ones, ascending, [M] int64."""
+    rows, start = [np.empty(0, np.int64)], 0
+    wanted = np.sort(wanted)
+    # A table of the first bits excludes most hashes at once.
+    shift = np.uint64(64 - min(MAX_TABLE_BITS, len(wanted).bit_length() + 4))
+    may_be_wanted = np.zeros(1 << (64 - int(shift)), bool)
+    may_be_wanted[wanted >> shift] = True
+    for chunk in chunks if len(wanted) else []:
+        at = np.flatnonzero(may_be_wanted[chunk >> shift])
+        places = np.minimum(np.searchsorted(wanted, chunk[at]), len(wanted) - 1)
+        rows.append(start + at[wanted[places] == chunk[at]])
+        start += len(chunk)
+    return np.concatenate(rows)
+
+
+def _take_hashes(hashes: KeyHashes, rows: np.ndarray) -> KeyHashes:
+    """Return the hashes of ascending rows."""
+    return KeyHashes([_take_rows(hashes.first, rows)], [_take_rows(hashes.second, rows)])
+
+
+def _take_rows(chunks: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Return the values at ascending rows of chunks that follow each other."""
+    values, start = [NO_HASHES], 0
+    for chunk in chunks:
+        first, last = np.searchsorted(rows, (start, start + len(chunk)))
+        values.append(chunk[rows[first:last] - start])
+        start += len(chunk)
+    return np.concatenate(values)
 
 
 def _choose_newest(listed: "_SortedKeys", entries: Entries) -> "_SortedKeys":

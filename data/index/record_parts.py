@@ -105,10 +105,13 @@ class RecordParts:
 
     def __init__(self, parts: Iterable[tuple[Path, int]]):
         self.files: list[IndexFile] = []
+        self.counts: list[int] = []  # rows of each part
         batches, constants = [], _Constants()
         for path, source in parts:
             self.files.append(IndexFile(path))
-            batches += [_complete_batch(batch, source, constants) for batch in self.files[-1].read_batches()]
+            own = self.files[-1].read_batches()
+            self.counts.append(sum(map(len, own)))
+            batches += [_complete_batch(batch, source, constants) for batch in own]
         self.groups = RowGroups(batches)
         self.table = pa.Table.from_batches(batches, pa.schema(list(KINDS.items())))
 

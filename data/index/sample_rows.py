@@ -36,6 +36,7 @@ def write_sample_index(path: Path, joined: JoinedLatents, records: Index) -> Non
     description: dict[str, Any] = {
         "records": os.path.relpath(records.path, path.parent),
         "latents": [file.name for file in joined.files],
+        **{name: [list(part) for part in parts] for name, parts in joined.matched.items()},
         "prefixes": list(zip(rows, ends, strict=True)),
         "buckets": sides.tolist(),
         "bucket_counts": counts.tolist(),

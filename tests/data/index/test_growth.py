@@ -13,7 +13,7 @@ from samples.index_samples import get_keys, list_entries, write_metadata
 from sdxl_trainer.data.formats import manifest_columns
 from sdxl_trainer.data.formats.manifest import drop_damaged_lines, list_manifest_parts, read_latest
 from sdxl_trainer.data.formats.manifest_compaction import compact_parts
-from sdxl_trainer.data.index import index_file, join, latent_files, record_parts, sample_rows
+from sdxl_trainer.data.index import index_file, join, key_hash, latent_files, record_parts, sample_rows
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
 from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.latent_files import LatentFiles
@@ -232,3 +232,51 @@ def test_an_index_that_is_put_together_of_small_spans_has_the_same_rows(tmp_path
         monkeypatch.setattr(place, name, 7)
     assert read_head(open_sample_index(tmp_path, records, selection).path) == expected
     assert not [path for path in (tmp_path / "index").iterdir() if path.name.startswith("tmp")]
+
+
+def test_a_grown_set_is_joined_as_a_whole_one_is(tmp_path, monkeypatch):
+    """Records and latents come, change and go. What the last index knows leads to the same rows as a whole join."""
+    monkeypatch.setattr(record_parts, "LARGE_BYTES", 1)
+    monkeypatch.setattr(key_hash, "MAX_SEARCHED", 1.0)
+    rng, searched, num_searched, num_keys = np.random.default_rng(0), [], 0, 0
+    find_newest = key_hash.find_newest_entries
+    monkeypatch.setattr(
+        key_hash,
+        "find_newest_entries",
+        lambda keys, entries: (searched.append(len(keys)), find_newest(keys, entries))[1],
+    )
+    selections = [LatentSelection(), LatentSelection(captioned_only=True), LatentSelection(prefixes=("", "64px/"))]
+    selection, files = selections[0], set()
+    list_entries(tmp_path, *(f"{number // 8}-{number % 8}" for number in range(48)))
+    for step in range(40):
+        file = tmp_path / f"{rng.integers(6)}.jsonl"
+        kind = rng.integers(8)
+        if kind < 3 or not files:  # a new file, or a changed one
+            keys = [f"{file.stem}-{number}" for number in rng.choice(9, 6, replace=False)]
+            lines = [{"key": key, "caption": f"{step} {key}"} if rng.random() < 0.9 else {"key": key} for key in keys]
+            file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            files.add(file)
+        elif kind == 3 and len(files) > 1:
+            files.remove(file := sorted(files)[rng.integers(len(files))])
+            file.unlink()
+        elif kind == 4:
+            assert not compact_parts(tmp_path)
+        elif kind == 5:
+            selection = selections[rng.integers(3)]
+        else:
+            keys = [f"{rng.integers(6)}-{number}" for number in rng.choice(9, 5, replace=False)]
+            prefix = "64px/" if rng.random() < 0.3 else ""
+            list_entries(tmp_path, *(prefix + key for key in keys), rank=int(rng.integers(3)), bucket=(64, 64 + step))
+        records = open_record_index(tmp_path, sorted(files), [])
+        searched.clear()
+        joined = join.join_latents(tmp_path, records.records, selection)
+        num_searched += sum(searched)
+        with monkeypatch.context() as patched:
+            patched.setattr(join, "open_earlier_join", lambda *parts: None)
+            whole = join.join_latents(tmp_path, records.records, selection)
+        assert joined.summary == whole.summary and joined.files == whole.files
+        for prefix in selection.prefixes:
+            assert joined.row_of_record[prefix].tolist() == whole.row_of_record[prefix].tolist(), step
+            num_keys += len(records)
+        open_sample_index(tmp_path, records, selection)
+    assert num_searched < 0.5 * num_keys
