@@ -124,7 +124,6 @@ def update_newest_entries(found: np.ndarray, keys: KeyHashes, entries: Entries, 
         own, Entries(hashes, lambda part: entries.get_parts(at[part]), lambda part: entries.get_numbers(at[part]))
     )
     is_found = newest >= 0
-    found[rows] = -1
     found[rows[is_found]] = at[newest[is_found]]
 
 

@@ -250,7 +250,7 @@ def test_a_grown_set_is_joined_as_a_whole_one_is(tmp_path, monkeypatch):
     list_entries(tmp_path, *(f"{number // 8}-{number % 8}" for number in range(48)))
     for step in range(40):
         file = tmp_path / f"{rng.integers(6)}.jsonl"
-        kind = rng.integers(8)
+        kind = rng.integers(10)
         if kind < 3 or not files:  # a new file, or a changed one
             keys = [f"{file.stem}-{number}" for number in rng.choice(9, 6, replace=False)]
             lines = [{"key": key, "caption": f"{step} {key}"} if rng.random() < 0.9 else {"key": key} for key in keys]
@@ -263,6 +263,8 @@ def test_a_grown_set_is_joined_as_a_whole_one_is(tmp_path, monkeypatch):
             assert not compact_parts(tmp_path)
         elif kind == 5:
             selection = selections[rng.integers(3)]
+        elif kind == 6 and len(parts := list_manifest_parts(tmp_path)) > 1:
+            parts[rng.integers(len(parts))].unlink()
         else:
             keys = [f"{rng.integers(6)}-{number}" for number in rng.choice(9, 5, replace=False)]
             prefix = "64px/" if rng.random() < 0.3 else ""
