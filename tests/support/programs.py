@@ -12,7 +12,7 @@ FORKED_RANKS = Path(__file__).with_name("forked_ranks.py")
 FIXTURES = ROOT / "tests" / "fixtures"
 TINY = ROOT / "configs" / "tiny"
 PLACE = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets
-TIMEOUT_SECONDS = 600
+TIMEOUT_SECONDS = 1800  # of a program that hangs; a busy machine takes long
 IN_EACH_STEP = ("validation.every_steps=1", "sample.every_steps=1")
 MIXED_PROMPTS = """a red circle on a white background
 a blue star on a grey background --w 64 --h 128 --s 3 --d 77
