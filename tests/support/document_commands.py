@@ -101,13 +101,17 @@ def call(program: str, words: list[str]) -> int:
                 os.environ.pop(name, None)
 
 
-def run_command(command: str, stage: Path) -> int:
-    """The exit status of any command but training."""
+def run_command(command: str, stage: Path, trainings: "Trainings") -> int:
+    """The exit status of any command but training. The doctor finds the cache that its settings make."""
     program, words = split_command(command)
     if not program:
         return subprocess.run(["bash", "-euo", "pipefail", "-c", command], cwd=stage).returncode
     if "--cfg" in words:
-        words = stand_in(words, list_stand_ins(stage, Path(words[words.index("--cfg") + 1]).read_text()))
+        settings = Path(words[words.index("--cfg") + 1])
+        words = stand_in(words, list_stand_ins(stage, settings.read_text()))
+        if program == "train.doctor":
+            cache, _ = trainings.fill_cache(settings, [word for word in words if "=" in word])
+            words.append(f"cache.dir={cache}")  # of the words for one setting the last counts
     elif program == "train.convert":
         words = [*words, "--overwrite"]  # several pages convert to the same name
     elif program == "train.sample_main":
@@ -176,7 +180,7 @@ def main() -> int:
         if program == "train.main":
             finish(command, trainings.add, command)
         elif key not in known:
-            finish(command, run_command, command, stage)
+            finish(command, run_command, command, stage, trainings)
         if program not in ("", "cache.main"):
             known.add(key)
     for command, copy, words in trainings.commands:
