@@ -41,10 +41,10 @@ from sdxl_trainer.data.index.schema import (
     PARTS,
     BadSample,
     FoundLatents,
+    JoinSummary,
     build_found_batch,
     fits_columns,
 )
-from sdxl_trainer.data.index.summary import JoinSummary
 from sdxl_trainer.data.index.unlisted_latents import (
     LatentHeader,
     LatentLocation,

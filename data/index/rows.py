@@ -18,8 +18,7 @@ import pyarrow.compute as pc
 from sdxl_trainer.data.index.index_file import IndexFile
 from sdxl_trainer.data.index.latent_files import LatentFiles
 from sdxl_trainer.data.index.record_parts import KINDS, RecordParts
-from sdxl_trainer.data.index.schema import LATENT_COLUMNS, PARTS, SAMPLE_SCHEMA
-from sdxl_trainer.data.index.summary import JoinSummary
+from sdxl_trainer.data.index.schema import LATENT_COLUMNS, PARTS, SAMPLE_SCHEMA, JoinSummary
 from sdxl_trainer.data.metadata.records import Record, parse_record
 
 ROWS_AT_ONCE = 8192

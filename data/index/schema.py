@@ -1,6 +1,7 @@
-"""Columns of the index files, and of the tables of latents that are joined with records."""
+"""Columns of the index files, of the tables of latents that are joined with records, and the summary of a join."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import pyarrow as pa
@@ -91,6 +92,31 @@ class BadSample(NamedTuple):
 
     key: str
     reason: str
+
+
+@dataclass(frozen=True)
+class JoinSummary:
+    """Counts and findings of a join. The index stores them."""
+
+    num_wanted: int  # samples that should have latents: the selected records at each resolution
+    num_unlisted: int  # samples whose latents no manifest lists
+    num_uncached: int  # samples whose latents are encoded during training
+    num_assumed_sizes: int  # samples whose original size is unknown and taken to be their bucket's
+    other_sizes: str  # a message about records whose size is not their image's; "" if there are none
+    identities: dict[str, dict[str, int]]  # prefix → name of a cache identity → number of samples made under it
+    num_bad: int  # samples whose latents or image cannot be used
+    num_unread: int  # of them, those that the storage did not give, so that another join may find them whole
+    bad: list[BadSample]  # the first MAX_BAD of the bad ones
+    watched: list[str]  # folders that were searched for unlisted latents
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the summary as values of JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)} | {"bad": list(map(list, self.bad))}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "JoinSummary":
+        """Return the summary of `to_dict`."""
+        return cls(**{**values, "bad": [BadSample(*each) for each in values["bad"]]})
 
 
 class FoundLatents(NamedTuple):
