@@ -62,10 +62,13 @@ def get_image_stem(path: str, has_suffix: bool = False) -> str:
         has_suffix: True removes any suffix; False removes only the suffix of an image or latent file.
     """
     name = path.replace("\\", "/").rsplit("/", 1)[-1] if "/" in path or "\\" in path else path
-    stem, suffix = os.path.splitext(name)
-    if suffix.lower() == LATENT_SUFFIX:
+    stem, dot, ending = name.rpartition(".")
+    if not stem.strip("."):  # such as `.png`, which has no suffix
+        return name
+    suffix = dot + ending.lower()
+    if suffix == LATENT_SUFFIX:
         return SIZE_ENDING.sub("", stem)
-    return stem if has_suffix or suffix.lower() in IMAGE_SUFFIXES else name
+    return stem if has_suffix or suffix in IMAGE_SUFFIXES else name
 
 
 def walk_files(

@@ -5,7 +5,7 @@ record's JSON is kept as it is in the file. That is five times as fast as buildi
 """
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -58,9 +58,12 @@ class RecordBlock:
     spans: list[ShardSpan | None]
     sources: list[int]
     fields: list[Any]  # the FIELDS of each record: a dict, or RecordFields
+    columns: Mapping[str, list[Any]] | None = None  # those FIELDS that a table has
 
     def column(self, name: str) -> list[Any]:
         """Return one of the FIELDS as a list, with None for each record that lacks it."""
+        if self.columns is not None:
+            return self.columns.get(name) or [None] * len(self.keys)
         if self.fields and isinstance(self.fields[0], dict):
             return [fields.get(name) for fields in self.fields]
         return list(map(attrgetter(name), self.fields))
@@ -139,6 +142,7 @@ def _convert_rows(rows: TableRows, base_folder: str) -> RecordBlock | None:
         spans=[None] * len(keys),
         sources=[0] * len(keys),
         fields=fields,
+        columns=columns,
     )
 
 

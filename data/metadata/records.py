@@ -287,6 +287,8 @@ class ImageFinder:
             AmbiguousImageError: several images under the image folders have the name of a missing one.
         """
         kinds, found = list(zip(base_folders, are_keys, strict=True)), [""] * len(paths)
+        if len(set(kinds)) == 1:
+            return self._find(list(paths), *kinds[0])
         for kind in dict.fromkeys(kinds):
             rows = [at for at, other in enumerate(kinds) if other == kind]
             for at, path in zip(rows, self._find([paths[at] for at in rows], *kind), strict=True):
