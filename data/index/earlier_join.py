@@ -43,7 +43,8 @@ class EarlierJoin:
         self._num_records = sum(part.num_rows for part in record_parts)
         earlier = [Part(*part) for part in description["latent_parts"]]
         self._latent_ends = np.cumsum([part.num_rows for part in earlier])
-        self._latent_shifts = np.array(_list_shifts(earlier, latent_parts))
+        # Rows after all parts are latents that no manifest lists, which each join searches for.
+        self._latent_shifts = np.array([*_list_shifts(earlier, latent_parts), GONE])
         known = {part.name for part in earlier}
         self.is_new = np.repeat([part.name not in known for part in latent_parts], [p.num_rows for p in latent_parts])
 
