@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import orjson
 import pyarrow as pa
 
@@ -133,9 +134,10 @@ class _RecordBuilder:
         if faults:
             raise faults[0] if len(faults) == 1 else ValueError("\n      ".join(map(str, faults[:MAX_PROBLEMS])))
         rows = _open_parts(self.folder, parts)
+        is_new = np.repeat(_list_new(parts, self.folder), rows.counts)
         if len(sources) == 1:
-            _verify_unique_keys(rows)
-        elif has_equal_keys(rows.hashes):
+            _verify_unique_keys(rows, is_new)
+        elif has_equal_keys(rows.hashes, is_new):
             files = [source.files for source in sources]
             return self.build_whole(fingerprint, lambda: merge_sources(files, self.folder, self.image_dirs))
         return parts, rows.lengths if len(sources) == 1 else _split_evenly(len(rows))
@@ -230,13 +232,28 @@ def _read_files(files: Sequence[Path]) -> Iterator[RecordBlock]:
         raise faults[0] if len(faults) == 1 else ValueError("\n      ".join(map(str, faults[:MAX_PROBLEMS])))
 
 
-def _verify_unique_keys(rows: RecordParts) -> None:
+def _list_new(parts: Sequence[RecordPart], folder: Path) -> list[bool]:
+    """Return which parts the index of records that was used last lacks. No two keys of that index are equal."""
+    uses = _list_uses(folder / "records-")
+    head = open_undamaged(max(uses, key=uses.__getitem__)) if uses else None
+    known = set() if head is None else set(_list_part_names(head))
+    is_new = []
+    for part in parts:
+        is_new.append(part.name not in known)
+        known.discard(part.name)  # two sources may name the same file, whose keys are then equal
+    return is_new
+
+
+def _verify_unique_keys(rows: RecordParts, is_new: np.ndarray | None = None) -> None:
     """Verify that no key occurs twice.
+
+    Args:
+        is_new: as in `has_equal_keys`.
 
     Raises:
         DuplicateKeyError: a key does.
     """
-    if has_equal_keys(rows.hashes):
+    if has_equal_keys(rows.hashes, is_new):
         paths = rows.table.column("image_path")
         verify_unique_keys(rows.table.column("key"), lambda row: str(paths[row]))
 

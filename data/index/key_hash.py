@@ -12,7 +12,7 @@ import pyarrow as pa
 
 SORTED_AT_ONCE = 1 << 22  # hashes
 KEYS_AT_ONCE = 8192
-MAX_SEARCHED = 0.25  # share of the keys above which all are searched, which is as fast
+MAX_SEARCHED = 0.25  # share of new keys above which all are searched, which is as fast
 MAX_TABLE_BITS = 26
 _MULTIPLIERS = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xC2B2AE3D27D4EB4F))
 NO_HASHES = np.empty(0, np.uint64)
@@ -68,8 +68,15 @@ def _mix(values: np.ndarray) -> np.ndarray:
     return values ^ (values >> np.uint64(31))
 
 
-def has_equal_keys(hashes: KeyHashes) -> bool:
-    """Return whether two keys are equal."""
+def has_equal_keys(hashes: KeyHashes, is_new: np.ndarray | None = None) -> bool:
+    """Return whether two keys are equal.
+
+    Args:
+        is_new: [N] bool; the others are known to differ from each other. None: all are new.
+    """
+    if is_new is not None and np.count_nonzero(is_new) <= MAX_SEARCHED * len(hashes):
+        alike = _find_hashes(hashes.first, _take_rows(hashes.first, np.flatnonzero(is_new)))
+        hashes = _take_hashes(hashes, alike)
     num_parts = _count_parts(len(hashes))
     for part in range(num_parts):
         _, first, second = _select_part(hashes, part, num_parts)

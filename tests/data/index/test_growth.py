@@ -26,6 +26,7 @@ from sdxl_trainer.data.index.join import LatentSelection
 from sdxl_trainer.data.index.latent_files import LatentFiles
 from sdxl_trainer.data.index.listed_latents import build_listed_latents
 from sdxl_trainer.data.index.schema import PARTS
+from sdxl_trainer.data.metadata.merge import DuplicateKeyError
 from sdxl_trainer.data.metadata.records import parse_record
 from sdxl_trainer.data.order.plan import Plan, Position
 
@@ -288,6 +289,38 @@ def test_a_grown_set_is_joined_as_a_whole_one_is(tmp_path, monkeypatch):
             assert joined.row_of_record[prefix].tolist() == whole.row_of_record[prefix].tolist(), step
         open_sample_index(tmp_path, records, selection)
     assert 0 < num_searched < 0.9 * num_keys  # 0 if no join of a grown set happens
+
+
+def test_a_repeated_key_is_found_although_only_new_files_are_compared(tmp_path, monkeypatch):
+    monkeypatch.setattr(record_parts, "LARGE_BYTES", 1)
+    compared, count = [], key_hash._count_parts
+    monkeypatch.setattr(key_hash, "_count_parts", lambda number: compared.append(number) or count(number))
+
+    def write(name: str, keys: str) -> None:
+        lines = [json.dumps({"key": key, "caption": key}) + "\n" for key in keys]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+
+    def open_files(*patterns: str) -> list[str]:
+        compared.clear()
+        return get_keys(open_record_index(tmp_path, [f"{tmp_path}/{pattern}" for pattern in patterns], []))
+
+    every = "*.jsonl"
+    write("a", "0123456789")
+    write("b", "abcdefghij")
+    assert open_files(every) == list("0123456789abcdefghij") and compared == [20]
+    for keys in ("x5", "xx", "xj"):
+        write("c", keys)
+        with pytest.raises(DuplicateKeyError, match=keys[-1]):
+            open_files(every)
+    write("c", "xy")
+    assert open_files(every) == list("0123456789abcdefghijxy") and compared == [2]
+    write("b", "a4")
+    with pytest.raises(DuplicateKeyError, match="4"):
+        open_files(every)
+    # Records of several sources are merged, whether a source is new or names a file that is known.
+    for sources in (("a.jsonl", "c.jsonl"), ("a.jsonl", "c.jsonl", "c.jsonl"), ("a.jsonl", "c.jsonl", "d.jsonl")):
+        write("d", "y")
+        assert open_files(*sources) == list("0123456789xy")
 
 
 def record_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
