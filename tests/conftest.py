@@ -45,11 +45,16 @@ def rank_server(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Every test begins with one thread: moving averages in host memory change the number for the whole process."""
+def same_arithmetic() -> Iterator[None]:
+    """Every test begins with one thread and PyTorch's own linear layers, so that it rounds as a new process does.
+
+    Moving averages in host memory change the number of threads, and DeepSpeed's ZeRO-3 replaces the function, for the
+    whole process.
+    """
     yield
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
+        torch.nn.functional.linear = torch._C._nn.linear
 
 
 def find_common_folder(factory: pytest.TempPathFactory) -> Path:
