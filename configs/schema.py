@@ -277,8 +277,8 @@ class CacheConfig(Section):
     shard_mb: int = Field(1000, ge=1)
     """Size of a full shard, in megabytes."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Data type of the stored latents. Other tools use `float32`; the others take half the disk space. docs/CACHE.md
-    describes how `bfloat16` is stored."""
+    """Data type of the stored latents. Other tools use `float32`; the others take half the disk space.
+    docs/CACHE_FORMAT.md describes how `bfloat16` is stored."""
     posterior: Literal["sample", "mean", "moments"] = "sample"
     """Values of the VAE's posterior to store: one `sample` (as other tools do), its `mean`, or its `moments` (mean and
     standard deviation), from which training draws a new sample at each read. `moments` take twice the disk space."""

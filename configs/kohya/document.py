@@ -49,7 +49,9 @@ your file, the rule and the default that applies. A value that the other program
 `resolution = "big"`, ends the import with the file, the key and the form that is looked for; nothing is written.
 Cached text is left out where text encoders are trained or captions change from step to step, which exclude it.
 Adapters of other kinds than LoRA, DoRA, LoHa and LoKr become plain LoRA, with a warning at the top of the report.
-Files are never executed, so variables in scripts are not filled in. Read the YAML before you fill the cache.
+Files are never executed, so variables in scripts are not filled in. Not carried over are saved states, adapters to
+start from (`network_weights`), their dropout, `random_crop` and `color_aug`. Read the YAML and run the doctor before
+you fill the cache: kohya's default precision, fp32, takes more memory.
 
 The tables below use two signs. `always` means that the option's effect is always on here, without a setting. A
 dash means that there is no setting; the third column gives the reason, or what to do instead.

@@ -352,7 +352,7 @@ FIRST_TRAINER_OPTIONS: dict[str, str | Option] = {
     ),
     "use_xformers": "xformers",
     "full_bf16": converted(convert_half_weights, "engine.precision", note="only with `mixed_precision` bf16"),
-    "use_edm2": unsupported("there is no learned loss weighting"),
+    "use_edm2": unsupported("`objective.learned_weighting` has EDM2's form; set it yourself"),
     "condition_dropout_prob": copied("objective.text_dropout_rate"),
     "use_ema": unsupported("set `ema.decays`, such as `[0.9999]`"),
     "note": unsupported("write it into the YAML as a comment"),

@@ -65,6 +65,7 @@ SIZE = "a side in pixels, such as 1024, or width and height, such as 832,1216 or
 BATCH = ("train.micro_batch_size", "train.global_batch_size")
 CACHED = "latents are always cached, by `bash launch/cache.sh`; with `--adopt` it uses those that are cached already"
 MEMORY = f"controls memory use in {TRAINER}; use ZeRO, offload and precision here (docs/PERFORMANCE.md)"
+QUANTISED = "for adapters, set `lora.quantised_base`"
 PIXELS = "images are encoded before training, so their pixels cannot be changed during training"
 UPLOAD = "training uploads nothing; `train/convert.py --push` uploads the model afterwards, with a card"
 RESUME = f"starting the same command again resumes; states of {TRAINER} cannot be read"
@@ -307,7 +308,10 @@ OPTIMIZER = {
         RELEASING,
         converted(convert_release, "engine.gradient_release", "optim.clipping", note="Adafactor works too"),
     ),
-    **dict.fromkeys(("blocks_to_swap", "blockwise_fused_optimizers"), unsupported(MEMORY)),
+    "blocks_to_swap": unsupported(
+        "`engine.offload_blocks` counts smaller blocks; set it yourself (docs/LOW_MEMORY.md)"
+    ),
+    "blockwise_fused_optimizers": unsupported(MEMORY),
 }
 TRAINING = {
     "max_train_steps": converted(
@@ -354,8 +358,7 @@ TRAINING = {
     "zero3_save_16bit_model": unsupported("set `checkpoint.export_dtype`"),
     "fp16_master_weights_and_gradients": unsupported(MEMORY),
     "cpu_offload_checkpointing": unsupported(MEMORY),
-    "fp8_base": unsupported(MEMORY),
-    "fp8_base_unet": unsupported(MEMORY),
+    **dict.fromkeys(("fp8_base", "fp8_base_unet"), unsupported(QUANTISED)),
     "ddp_timeout": converted(lambda value, given: value or None, "engine.timeout_minutes", note="in minutes"),
     "ddp_gradient_as_bucket_view": unsupported("DeepSpeed reduces gradients, not DDP"),
     "ddp_static_graph": unsupported("DeepSpeed reduces gradients, not DDP"),

@@ -92,9 +92,11 @@ class IndexFile:
         """
         if list(self._crcs) != compute_crcs(self.path, self._checked_bytes):
             raise DamagedIndexError("differs from its checksums")
-        if not self.is_unchanged:  # a copy
-            with suppress(OSError):  # another user's index
-                os.utime(self.path, ns=(self._finished_ns, self._finished_ns))
+
+    def mark_unchanged(self) -> None:
+        """Note in the modification time that the content was verified."""
+        with suppress(OSError):  # another user's index
+            os.utime(self.path, ns=(self._finished_ns, self._finished_ns))
 
     def release_pages(self) -> None:
         """Drop the pages read so far. All processes share them, but they count as each process' own memory."""
@@ -162,12 +164,15 @@ def open_undamaged(path: Path, is_part: bool = False) -> IndexFile | None:
     """Open a file and verify its checksums; None if there is none. A damaged file is deleted.
 
     Args:
-        is_part: verify the checksums only if the file was written to since they were last verified.
+        is_part: verify the checksums only if the file was written to since they were last verified. The modification
+            time of other files is that of their last use.
     """
     try:
         file = IndexFile(path)
         if not (is_part and file.is_unchanged):
             file.verify()
+            if is_part:
+                file.mark_unchanged()
         return file
     except FileNotFoundError:  # also if another process deletes it
         return None
