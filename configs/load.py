@@ -338,9 +338,12 @@ def _list_violations(error: ValidationError, settings: dict) -> _Violations:
     violations = _Violations([], [], [], [])
     for item in error.errors(include_url=False):
         location = _trim_location(item["loc"], settings)
-        key = ".".join(str(part) for part in location) or "--cfg"
+        key = _name_location(item["loc"], settings) or "--cfg"
+        if item["type"] == "missing":
+            key = f"{key}.{item['loc'][-1]}"
         if item["type"] == "extra_forbidden":
-            rule, cure = "is not a known key", suggest_cure(key)
+            is_in_list = any(isinstance(part, int) for part in item["loc"])
+            rule, cure = "is not a known key", SEE_ALSO if is_in_list else suggest_cure(key)
             violations.problems.append(Problem(key, item["input"], rule, cure))
             violations.unset.append(suggest_key(key))
         elif item["type"] == "value_error":
@@ -403,6 +406,21 @@ def _trim_location(location: tuple, settings: Any) -> tuple:
         trimmed.append(part)
         settings = settings[part]
     return tuple(trimmed)
+
+
+def _name_location(location: tuple, settings: Any) -> str:
+    """Return the dotted key of a pydantic location, which may be that of a default or lie in a list."""
+    whole = ".".join(map(str, location))
+    if whole in iterate_keys():
+        return whole
+    named = []
+    for part in location:
+        known = settings if isinstance(settings, dict) else range(len(settings)) if isinstance(settings, list) else ()
+        if part not in known:
+            break
+        named.append(str(part))
+        settings = settings[part]
+    return ".".join(named)
 
 
 def _remove(settings: dict, location: tuple) -> None:

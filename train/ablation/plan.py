@@ -16,7 +16,7 @@ from sdxl_trainer.train.report.run_status import FINISHED, STATUS_FILE, read_sta
 from sdxl_trainer.train.report.settings import flatten_settings, read_settings
 from sdxl_trainer.train.setting_checks import check_model_settings, check_rank_settings, check_run_settings
 
-EXTENDED = "train.max_steps"  # the same command with a larger budget continues
+EXTENDED = "train.max_steps"  # a larger budget continues runs with a constant rate
 RESOLVED_LATER = ("null", "auto")  # a run writes what it has chosen
 
 
@@ -174,11 +174,20 @@ def check_settings(config: Config, num_ranks: int) -> Iterator[Problem]:
 
 
 def check_folder(run: PlannedRun, config: Config) -> Iterator[Problem]:
-    """Yield a problem if the folder of a run holds one with other settings."""
+    """Yield a problem if the folder of a run holds one with other settings.
+
+    A larger budget continues only runs with a constant rate. Any other rate has fallen by the end of the smaller
+    budget, so that these runs would differ from those that begin with the larger one.
+    """
     existing, own = read_settings(run.folder / "config.yaml"), dict(flatten_settings(config.model_dump(mode="json")))
+    cure = "choose another --name, or delete the folder"
     for key, value in existing.items():
-        is_neutral = key == EXTENDED or key.startswith(NEUTRAL_SETTINGS)
+        is_neutral = (key == EXTENDED and config.optim.schedule == "constant") or key.startswith(NEUTRAL_SETTINGS)
         if not is_neutral and own.get(key, value) not in (value, *RESOLVED_LATER):
             rule = f"was begun with {key}: {value}, and that is {own[key]} now"
-            yield Problem("--name", run.folder, rule, "choose another --name, or delete the folder")
+            if key == EXTENDED:
+                rule = (
+                    f"was begun with {value} steps, for which optim.schedule: {config.optim.schedule} lowers the rate"
+                )
+            yield Problem("--name", run.folder, rule, cure)
             return

@@ -106,7 +106,7 @@ class Training:
             process=process,
             console=console,
             shown=time.monotonic(),
-            first_share=read_share(run),
+            first_share=read_share(run, self._plan.num_steps),
         )
         announce(f"run {number} of {len(self._plan.runs)}: {run.label}; its output is in {console}")
         self._show_rest()
@@ -123,7 +123,7 @@ class Training:
                 self._show_progress(job)
             return
         del self._jobs[device]
-        self._trained += read_share(job.run) - job.first_share
+        self._trained += read_share(job.run, self._plan.num_steps) - job.first_share
         if status == STATUS_DONE or job.run.arm.name in self.hopeless:
             return
         tail = "\n".join(job.console.read_text(encoding="utf-8", errors="replace").splitlines()[-TAIL_LINES:])
@@ -160,28 +160,34 @@ class Training:
 
     def _show_rest(self) -> None:
         """Print the time that the other steps of all runs take, at the pace since the start."""
-        shares = [(read_share(job.run), job.first_share) for job in self._jobs.values()]
+        num_steps = self._plan.num_steps
+        shares = [(read_share(job.run, num_steps), job.first_share) for job in self._jobs.values()]
         trained = self._trained + sum(share - first for share, first in shares)
-        seconds = estimate_rest(time.monotonic() - self._started, trained, len(self._waiting), [s for s, _ in shares])
+        rest = [share for share, _ in shares] + [read_share(run, num_steps) for _, run in self._waiting]
+        seconds = estimate_rest(time.monotonic() - self._started, trained, rest)
         if seconds is not None:
             announce(f"about {describe_seconds(seconds)} left for the runs that are not finished")
 
 
-def read_share(run: PlannedRun) -> float:
-    """Return the share of a run's steps that it has made, 0 to 1."""
+def read_share(run: PlannedRun, num_steps: int | None) -> float:
+    """Return the share of a run's steps that it has made, 0 to 1.
+
+    Args:
+        num_steps: of the plan; None where epochs are counted. The run's status may be that of a smaller budget.
+    """
     status = read_status(run.folder / "logs" / STATUS_FILE)
-    return min(1.0, status.step / status.max_steps) if status is not None and status.max_steps else 0.0
+    steps = status and (num_steps or status.max_steps)
+    return min(1.0, status.step / steps) if status is not None and steps else 0.0
 
 
-def estimate_rest(elapsed_seconds: float, trained: float, num_waiting: int, shares: Sequence[float]) -> float | None:
+def estimate_rest(elapsed_seconds: float, trained: float, shares: Sequence[float]) -> float | None:
     """Return the seconds that the other steps take at the pace so far; None before the first step.
 
     Args:
         trained: steps since the start, in whole runs.
-        num_waiting: runs that are not begun.
-        shares: of the steps that each run at work has made.
+        shares: of its steps that each run has made which is not finished.
     """
-    rest = num_waiting + sum(1 - share for share in shares)
+    rest = sum(1 - share for share in shares)
     return rest * elapsed_seconds / trained if trained > 0 and rest > 0 else None
 
 

@@ -65,6 +65,11 @@ class SettingChange(NamedTuple):
     old: Any
     new: Any
 
+    @property
+    def is_length(self) -> bool:
+        """Whether the setting only says how long the run is."""
+        return self.key in LENGTH_KEYS
+
     def __str__(self) -> str:
         old, new = (value if isinstance(value, str) else format_value(value) for value in (self.old, self.new))
         return f"{self.key}: {old} -> {new}"
@@ -210,8 +215,12 @@ def check_adapter_shapes(saved: TrainState, fresh: TrainState) -> Iterator[Probl
     """Yield a problem for each setting by which adapters have other tensors than those of the checkpoint."""
     default = Config().lora.model_dump(mode="json")
     before, now = ({**default, **state.config.get("lora", {})} for state in (saved, fresh))
-    if not (before["rank"] and now["rank"]):
-        return  # a run may go on with adapters on a model that was trained whole
+    if bool(before["rank"]) != bool(now["rank"]):
+        trained = f"adapters of rank {before['rank']}" if before["rank"] else "the networks, not adapters"
+        rule = f"does not fit step {saved.step}, which trained {trained}"
+        cure = f"set it to {before['rank']}, or export that step and name it in model.path of another run.name"
+        yield Problem("lora.rank", now["rank"], rule, cure)
+        return
     for key in ADAPTER_SHAPES:
         if before[key] != now[key]:
             rule = f"does not fit the adapters of step {saved.step}, which have {key} {before[key]}"
@@ -239,7 +248,7 @@ def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[SettingChange
     # The number of steps has no effect on a constant learning rate.
     is_constant = "constant" == before.get("optim.schedule") == now.get("optim.schedule")
     return [
-        change for change in changes if not is_harmless(change.key) and not (is_constant and change.key in LENGTH_KEYS)
+        change for change in changes if not is_harmless(change.key) and not (is_constant and change.is_length)
     ]
 
 

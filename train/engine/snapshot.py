@@ -109,9 +109,12 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
     checkpoint does not hold keep their present values.
 
     Raises:
-        ReshardingError: these ranks cannot load the checkpoint.
+        ReshardingError: these ranks cannot load the checkpoint, or weights that it trained are frozen now.
     """
     saved, layout = SavedState(folder / STATE_TAG, map_state_file), weights.layout
+    if lost := [name for name in saved.shapes if name not in layout.shapes]:
+        trained = format_count(len(lost), "weight")
+        raise ReshardingError(f"it trained {trained} that no later checkpoint would hold, {lost[0]} among them")
     matching = _find_matching_rank(saved, layout, count_group_masters(engine.optimizer))
     if matching is not None:
         shard = SavedState(folder / STATE_TAG, load_state_file).load_shard(matching)
@@ -128,7 +131,7 @@ def load_state(engine: Any, weights: Weights, folder: Path) -> None:
         reshard(shard, saved)
     groups = engine.optimizer.param_groups
     settings = [dict(group) for group in groups]
-    _load_into_engine(engine, weights, shard, saved)
+    _load_into_engine(engine, weights, shard)
     _restore_settings(engine.optimizer.param_groups, settings, engine.basic_optimizer)
     _load_averages(weights, saved, engine.global_steps)
 
@@ -143,12 +146,11 @@ def _find_matching_rank(saved: SavedState, layout: Layout, group_masters: list[i
     return rank if rank is not None and saved.load_shard(rank).count_group_masters() == group_masters else None
 
 
-def _load_into_engine(engine: Any, weights: Weights, shard: Shard, saved: SavedState) -> None:
+def _load_into_engine(engine: Any, weights: Weights, shard: Shard) -> None:
     """Load a rank's files, which have the engine's layout, into DeepSpeed."""
     assert shard.model is not None
     weights.release_gathered()
     engine.load_module_state_dict(shard.model, custom_load_fn=_load_module)
-    _load_frozen(weights, saved)
     if weights.layout.zero_stage:
         shards = [None] * engine.world_size
         shards[engine.global_rank] = shard.optimizer_state
@@ -171,17 +173,6 @@ def _load_module(src: dict[str, torch.Tensor], dst: torch.nn.Module) -> None:
     lacking = [name for name in found.missing_keys if name not in frozen]
     if lacking or found.unexpected_keys:
         raise ReshardingError(f"it lacks {lacking[:3]} and has unknown {found.unexpected_keys[:3]}")
-
-
-@torch.no_grad()
-def _load_frozen(weights: Weights, saved: SavedState) -> None:
-    """Load this rank's part of the weights that the saving run trained and that are frozen now."""
-    for name, part in weights.list_frozen_parts():
-        if saved.has(name):
-            # Under ZeRO-3 each rank has an equal share of a weight, and the last one's may end in padding.
-            start = weights.layout.rank * part.numel() if weights.layout.zero_stage == 3 else 0
-            values = saved.read(name)[start : start + part.numel()]
-            part.view(-1)[: len(values)] = values.to(part)
 
 
 def _restore_settings(groups: list[dict[str, Any]], settings: list[dict[str, Any]], optimizer: Any) -> None:

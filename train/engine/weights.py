@@ -143,12 +143,6 @@ class Weights:
         parameters = [self._parameters[name] for name in self._fragments]
         return [get_local_part(parameter) for parameter in parameters]
 
-    def list_frozen_parts(self) -> list[tuple[str, torch.Tensor]]:
-        """List name and this rank's part of each frozen weight: its share under ZeRO-3, otherwise the whole weight."""
-        self.release_gathered()
-        frozen = [(name, weight) for name, weight in self._parameters.items() if not weight.requires_grad]
-        return [(name, get_local_part(weight)) for name, weight in frozen]
-
     def _open_parts(self, average: str | None = None) -> ReadPart:
         """Return a function that reads fragments of this rank: of the trained model, or of a moving average."""
         if average is not None:

@@ -350,6 +350,8 @@ def describe_learning_rates(config: OptimConfig, lr: float) -> str:
     """
     rates = {"U-Net": [config.lr] if config.block_lrs is None else config.block_lrs}
     rates |= {"text 1": [config.text_encoder_lr], "text 2": [config.text_encoder_2_lr]}
+    if any(group.match == "" for group in config.groups):
+        rates = {}  # the patterns decide the rate of every weight
     rates["patterns"] = [group.lr for group in config.groups if group.lr]
     shown = {}
     for name, peaks in rates.items():

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 from sdxl_trainer.configs.schema import Config, TrainConfig
+from sdxl_trainer.launch.logger import warn_once
 from sdxl_trainer.train.checkpoint.folder import get_step, list_checkpoints, verify_manifest
+from sdxl_trainer.train.checkpoint.resume import list_changes
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.averages import name_average
 from sdxl_trainer.train.export.average_snapshots import get_snapshot_file
@@ -24,6 +26,15 @@ def find_finished_step(config: Config) -> int | None:
     if not has_reached_end(config.train, checkpoints[-1]) or not all(file.exists() for file in files):
         return None
     return None if verify_manifest(checkpoints[-1]) else step
+
+
+def warn_of_unused_changes(config: Config) -> None:
+    """Warn if the settings of a finished run would train something else: nothing is trained with them."""
+    saved = TrainState.load(list_checkpoints(config.run.folder / "checkpoints")[-1])
+    changes = [change for change in list_changes(saved.config, config.model_dump(mode="json")) if not change.is_length]
+    if changes:
+        shown = "".join(f"\n  {change}" for change in changes)
+        warn_once("the run is finished, so these changed settings train nothing; set another run.name:{}", shown)
 
 
 def has_reached_end(train: TrainConfig, checkpoint: Path) -> bool:

@@ -36,7 +36,7 @@ from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
 from sdxl_trainer.train.export.export import build_export_settings, export_local_model, export_model, get_model_path
 from sdxl_trainer.train.run.build import build_run
 from sdxl_trainer.train.run.checks import verify_run, warn_of_doubts
-from sdxl_trainer.train.run.finished import find_finished_step
+from sdxl_trainer.train.run.finished import find_finished_step, warn_of_unused_changes
 from sdxl_trainer.train.run.interruption import obey_stop_file
 from sdxl_trainer.train.run.loop import copy_state_at, fit, stop
 from sdxl_trainer.train.run.run import Run
@@ -103,6 +103,8 @@ def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Se
     if rank == 0:
         raise_if_any(problems)  # the defaults in place of wrong settings would contradict data and cache
         finished_step = find_finished_step(config)
+        if finished_step is not None and not dry_run:
+            warn_of_unused_changes(config)
     if rank == 0 and (finished_step is None or dry_run):
         obey_stop_file(config.run.folder)
         logger.info("checking the settings and the data")

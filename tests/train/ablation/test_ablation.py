@@ -1,5 +1,6 @@
 """Ablations: the grid, the rule that stops arms, what is refused, and one that really trains."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,13 @@ import pytest
 import yaml
 from programs import run_program
 
+from sdxl_trainer.configs.load import dump_config, load_config
 from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.train.ablation.grid import build_arms, parse_variations
 from sdxl_trainer.train.ablation.hopeless import find_hopeless
 from sdxl_trainer.train.ablation.plan import Request, plan_runs
-from sdxl_trainer.train.ablation.training import estimate_rest, read_state
+from sdxl_trainer.train.ablation.training import estimate_rest, read_share, read_state
 from sdxl_trainer.train.held_out.sample_errors import WEIGHTS, Facts, SampleError, list_files, write_sample_errors
 
 PROGRAM = "train/ablation/__main__.py"
@@ -139,11 +141,28 @@ def test_a_grid_that_cannot_be_is_refused(settings: Path) -> None:
     assert plan_runs(Request(cfg=settings, vary=["optim.lr=1e-4,2e-4"], name="x.1"), num_ranks=1).folder.name == "x.1"
 
 
+@pytest.mark.parametrize(("schedule", "is_refused"), [("constant", False), ("cosine", True)])
+def test_a_larger_budget_extends_runs_of_a_constant_rate(settings: Path, schedule: str, is_refused: bool) -> None:
+    """Runs that continue after their rate has fallen would differ from those that begin with the larger budget."""
+    words = {"vary": ["optim.lr=1,2"], "overrides": [f"optim.schedule={schedule}"]}
+    for run in plan_runs(Request(cfg=settings, budget_steps=3, **words), num_ranks=1).runs:
+        (run.folder / "logs").mkdir(parents=True)
+        (run.folder / "config.yaml").write_text(dump_config(load_config(settings, run.words)[0]))
+        status = {"state": "finished", "step": 3, "max_steps": 3}
+        (run.folder / "logs" / "status.json").write_text(json.dumps(status))
+    assert read_share(run, 3) == 1 and read_share(run, 6) == 0.5
+    if is_refused:
+        message = "was begun with 3 steps, for which optim.schedule: cosine lowers the rate"
+        assert message in refuse(settings, *words.pop("vary"), budget_steps=6, **words)
+    else:
+        assert plan_runs(Request(cfg=settings, budget_steps=6, **words), num_ranks=1).num_steps == 6
+
+
 def test_the_time_left_counts_whole_runs() -> None:
-    assert estimate_rest(60.0, trained=0.5, num_waiting=2, shares=[0.5]) == 300
-    assert estimate_rest(60.0, trained=1.5, num_waiting=0, shares=[0.5, 0.25]) == 50
-    assert estimate_rest(60.0, trained=0.0, num_waiting=2, shares=[0.0]) is None
-    assert estimate_rest(60.0, trained=2.0, num_waiting=0, shares=[]) is None
+    assert estimate_rest(60.0, trained=0.5, shares=[0.5, 0, 0]) == 300
+    assert estimate_rest(60.0, trained=1.5, shares=[0.5, 0.25]) == 50
+    assert estimate_rest(60.0, trained=0.0, shares=[0.0, 0, 0]) is None
+    assert estimate_rest(60.0, trained=2.0, shares=[]) is None
 
 
 def test_a_hopeless_arm_is_stopped_and_the_same_command_goes_on(settings: Path) -> None:

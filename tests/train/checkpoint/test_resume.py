@@ -186,9 +186,15 @@ def test_adapters_of_another_rank_are_refused_before_the_networks_are_loaded() -
     with pytest.raises(UserInputError, match="does not fit the adapters of step 76, which have rank 16") as caught:
         restore_progress(saved, fresh, build_plan(), "stop")
     assert caught.value.problems[0].cure == "set it to 16, or set another run.name"
-    assert not list(check_progress(build_state(), fresh, "stop"))  # adapters on a model that was trained whole
     both = list(check_progress(build_state("old", lora={"rank": 16}), fresh, "stop"))
     assert [problem.key for problem in both] == ["run.on_data_change", "lora.rank"]
+
+
+@pytest.mark.parametrize(("before", "now", "trained"), [(16, 0, "adapters of rank 16"), (0, 8, "the networks")])
+def test_adapters_and_whole_networks_do_not_continue_each_other(before: int, now: int, trained: str) -> None:
+    """Neither holds the weights of the other, which would begin anew without a word."""
+    [problem] = check_progress(build_state(lora={"rank": before}), build_state(lora={"rank": now}), "stop")
+    assert problem.key == "lora.rank" and trained in problem.rule and f"set it to {before}" in problem.cure
 
 
 def test_another_global_batch_size_keeps_the_share_of_the_epoch(messages: list[str]) -> None:

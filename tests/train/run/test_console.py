@@ -216,6 +216,8 @@ def test_all_learning_rates_are_shown() -> None:
         lr=1e-4, text_encoder_2_lr=1e-5, block_lrs=[0, *[1e-4] * 21, 2e-4], groups=[{"match": "x", "lr": 3e-4}]
     )  # pyright: ignore
     assert describe_learning_rates(rates, 5e-5) == "U-Net 5.00e-05 to 1.00e-04, text 2 5.00e-06, patterns 1.50e-04"
+    groups = [{"match": "x", "lr": 3e-4}, {"match": "", "lr": 0}]
+    assert describe_learning_rates(OptimConfig(lr=1e-4, groups=groups), 5e-5) == "patterns 1.50e-04"  # pyright: ignore
 
 
 def test_flops_of_sdxl() -> None:

@@ -57,8 +57,10 @@ def test_resume_is_exact(ranks: int, request: pytest.FixtureRequest, cached_fold
 def test_a_finished_run_and_one_in_use_are_left_as_they_are(cached_folder: Path, two_ranks: Path) -> None:
     words = ("--cfg", cached_folder / "tiny.yaml", "run.name=two", "sample.prompts=[]")
     before = {path: path.stat().st_mtime_ns for path in two_ranks.rglob("*") if path.is_file()}
-    printed = run_program("train/main.py", *words, ranks=2)
+    printed = run_program("train/main.py", *words, "optim.lr=5e-3", ranks=2)
     assert f"done: {two_ranks} is at step 20 and train.max_steps = 20; raise train.max_steps" in printed
+    assert "these changed settings train nothing; set another run.name:\n  optim.lr: 0.001 -> 0.005\n" in printed
+    assert printed.count(" -> ") == 1
     printed = run_program("train/main.py", *words, "model.path=/no/model", "--dry-run", expect=2)
     assert "model.path = '/no/model'\n      is neither a file nor a folder" in printed and "done: " not in printed
     (two_ranks / "stop").touch()  # for the job that uses the folder
