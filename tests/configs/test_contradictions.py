@@ -13,7 +13,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.data.formats.latents import LatentSample, write_latents
 from sdxl_trainer.data.images.bucket import CropBox, Size
 from sdxl_trainer.train.main import main
-from sdxl_trainer.train.run.checks import verify_run
+from sdxl_trainer.train.run.checks import check_warmup, verify_run
 
 BLOCKS = [1e-5] * 23
 
@@ -136,6 +136,15 @@ def test_a_contradiction_ends_with_status_2(
 
 
 @pytest.mark.skipif("wandb" in packages_distributions(), reason="wandb is installed")
+@pytest.mark.parametrize(
+    ("steps", "warmup_steps", "is_doubtful"), [(100, 100, True), (100, 99, False), (1, 100, False)]
+)
+def test_a_warmup_as_long_as_the_run_is_doubtful(settings: Path, steps: int, warmup_steps: int, is_doubtful: bool):
+    words = [f"train.max_steps={steps}", f"optim.warmup_steps={warmup_steps}"]
+    found = [problem.key for problem in check_warmup(load_config(settings, words)[0])]
+    assert found == (["optim.warmup_steps"] if is_doubtful else [])
+
+
 def test_a_missing_package_is_reported(settings: Path, capsys: pytest.CaptureFixture) -> None:
     assert main(["--cfg", str(settings), "log.wandb=mine"]) == 2
     printed = capsys.readouterr().err

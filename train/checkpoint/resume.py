@@ -247,9 +247,7 @@ def list_changes(old: dict[str, Any], new: dict[str, Any]) -> list[SettingChange
     changes = [SettingChange(key, before.get(key), now.get(key)) for key in keys if before.get(key) != now.get(key)]
     # The number of steps has no effect on a constant learning rate.
     is_constant = "constant" == before.get("optim.schedule") == now.get("optim.schedule")
-    return [
-        change for change in changes if not is_harmless(change.key) and not (is_constant and change.is_length)
-    ]
+    return [change for change in changes if not is_harmless(change.key) and not (is_constant and change.is_length)]
 
 
 def is_harmless(key: str) -> bool:

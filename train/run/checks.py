@@ -212,8 +212,16 @@ def check_latent_scale(config: Config, index: Index) -> Iterator[Problem]:
         yield Problem("latents", None, rule, cure)
 
 
+def check_warmup(config: Config) -> Iterator[Problem]:
+    """Yield a problem if the run ends before the learning rate reaches its peak."""
+    steps = config.train.max_steps
+    if config.train.max_epochs is None and steps is not None and 1 < steps <= config.optim.warmup_steps:
+        rule = f"is no shorter than the run of {steps} steps, so the learning rate never reaches its peak"
+        yield Problem("optim.warmup_steps", config.optim.warmup_steps, rule, "lower it, unless this is a trial")
+
+
 def warn_of_doubts(config: Config, index: Index) -> None:
-    """Log what `check_prediction` and `check_latent_scale` find."""
-    for problem in (*check_prediction(config), *check_latent_scale(config, index)):
+    """Log what may be a mistake and may be meant."""
+    for problem in (*check_prediction(config), *check_warmup(config), *check_latent_scale(config, index)):
         value = "" if problem.value is None else f"={problem.value}"
         logger.warning("{}{}: {}; {}", problem.key, value, problem.rule, problem.cure)
