@@ -67,7 +67,7 @@ class SettingChange(NamedTuple):
 
     @property
     def is_length(self) -> bool:
-        """Whether the setting only says how long the run is."""
+        """True if the setting only says how long the run is."""
         return self.key in LENGTH_KEYS
 
     def __str__(self) -> str:

@@ -9,13 +9,14 @@ from types import MappingProxyType
 import torch
 from loguru import logger
 
+from sdxl_trainer.cache.models.components import hash_component
 from sdxl_trainer.cache.models.model_pair import check_pair, resolve_pair
 from sdxl_trainer.cache.models.pickled_file import convert_pickled_file, is_pickled_file
 from sdxl_trainer.cache.models.single_file_names import get_canonical_name
 from sdxl_trainer.cache.models.source import COMPONENTS, check_model, resolve_model
 from sdxl_trainer.cache.models.tensor_stream import TensorSource
 from sdxl_trainer.configs.problems import Problem, format_count, raise_if_any
-from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.configs.schema import Config, ModelConfig
 from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.train.checkpoint.folder import find_newest_checkpoint
 from sdxl_trainer.train.checkpoint.model_argument import (
@@ -25,6 +26,8 @@ from sdxl_trainer.train.checkpoint.model_argument import (
     name_option,
     read_declared_prediction,
 )
+from sdxl_trainer.train.checkpoint.resume import check_base_model
+from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.engine.saved_state import check_average, open_weights
 from sdxl_trainer.train.export.about import check_about, read_about
 from sdxl_trainer.train.export.difference import ExtractedRanks, check_same_layers, write_difference
@@ -101,9 +104,21 @@ def run_conversion(
         of_model = name_option(of_model, "source", str(source))
     raise_if_any([*of_model, *check_average(checkpoint, conversion.average), *check_about(config.about)])
     about = {} if checkpoint else read_about(source)
+    if checkpoint is not None and (conversion.merge or not config.lora.rank):
+        warn_of_another_base(config.model, checkpoint)
     with explain_removal(checkpoint):
         trained = {} if checkpoint is None else open_weights(checkpoint, conversion.average)
         convert_model(config, trained, target, conversion, about=about)
+
+
+def warn_of_another_base(model: ModelConfig, checkpoint: Path) -> None:
+    """Warn if the weights that the checkpoint does not hold are taken from another model than it was trained on."""
+    with explain_removal(checkpoint):
+        saved = TrainState.load(checkpoint)
+    source = resolve_model(model)
+    hashes = {name: hash_component(source, name, model.text_projection) for name in sorted(saved.base_model)}
+    for problem in check_base_model(model, hashes, saved):
+        logger.warning("{}={}: {}", problem.key, problem.value, problem.rule)
 
 
 def convert_rebuilt_average(

@@ -150,7 +150,9 @@ def test_sdxl_gets_the_adapters_of_kohyas_scripts():
         assert names[network] == set(expected)
 
 
-def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: Path, tmp_path: Path):
+def test_a_run_writes_adapters_instead_of_the_model_and_resumes(
+    cached_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The run resumes on its own base model, and is refused on another one, whose frozen weights it would need."""
     settings, other = cached_folder / "tiny.yaml", build_tiny_sdxl(tmp_path / "other", seed=1)
     ema = ("ema.decays=[0.5]", "ema.lengths=[0.1,0.2]", "ema.snapshot_every_steps=2", "ema.snapshot_dtype=fp32")
@@ -186,6 +188,9 @@ def test_a_run_writes_adapters_instead_of_the_model_and_resumes(cached_folder: P
     again = load_file(models / "again.safetensors")
     assert again.keys() == tensors.keys() and all(again[name].equal(tensors[name]) for name in tensors)
     assert_merged(run, cached_folder / "model", again, tmp_path / "merged")
+    assert "is not the base model" not in capsys.readouterr().err
+    assert main([str(run), str(tmp_path / "wrong.safetensors"), "--merge", f"model.path={other}"]) == 0
+    assert f"model.path={other}: is not the base model of the checkpoint" in capsys.readouterr().err
     with safe_open(models / names[1], "pt") as file:
         metadata = file.metadata()
     assert metadata["ss_output_name"] == metadata["modelspec.title"] == "lora"
