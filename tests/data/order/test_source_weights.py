@@ -146,4 +146,4 @@ def test_wrong_weights_are_problems(folder: Path) -> None:
     repeats = combine_repeats(config, index, np.array([15]), None, Ranks(0, 0, 1, torch.device("cpu")))
     assert repeats is not None and repeats.tolist() == [0.0] * 13 + [0.5, 0.5, 0.0]  # the last row is held out
     write("[1, -1, 1]")
-    assert [problem.key for problem in load_config(settings)[1]] == ["data.source_weights"]
+    assert [problem.key for problem in load_config(settings)[1]] == ["data.source_weights.1"]
