@@ -154,6 +154,9 @@ def compare_runs(runs: Sequence[EvidenceRun], options: Options) -> Comparison:
         notes.append("the runs differ in no setting but their seeds: only their weights are compared")
     if len(set(steps)) > 1:
         notes.append("the runs are compared at different steps: the last that each had reached by then")
+    effects = judge_effects(runs, find_contrasts(differing, [run.seed for run in runs]), shared)
+    reasons = sorted({effect.verdict.reason for effect in effects if effect.verdict.low is None})
+    notes += [f"effects of settings without an interval: {reason}" for reason in reasons]
     return Comparison(
         baseline=base[0].label,
         axis=options.axis,
@@ -163,7 +166,7 @@ def compare_runs(runs: Sequence[EvidenceRun], options: Options) -> Comparison:
         seeds={run.name: run.seed for run in runs},
         num_samples=len(shared.samples),
         arms=correct_over_arms(compared),
-        effects=judge_effects(runs, find_contrasts(differing, [run.seed for run in runs]), shared),
+        effects=effects,
         curves=draw_curves(runs, arms, moments, options),
         settings={key: dict(zip(names, values, strict=True)) for key, values in differing.items()},
         notes=notes,

@@ -129,6 +129,9 @@ def test_a_grid_has_a_table_of_effects_and_many_arms_leave_theirs_to_the_page(
         page = (tmp_path / "page.html").read_text()
         assert "averaged over the others</h2>" in page
         assert page.count("by noise level, ln(SNR)</h3>") == 2 * len(batches) - 1
+        assert "without an interval" not in page
+    two_seeds = [folder for (_, batch), group in runs.items() for folder in group[:2] if batch != "8"]
+    assert "effects of settings without an interval: 2 seeds" in compare(*two_seeds).notes
 
 
 def test_one_seed_judges_weights_but_no_setting(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
