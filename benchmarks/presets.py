@@ -22,15 +22,18 @@ from sdxl_trainer.train.estimates.preset_choice import SDXL_BUCKET, compute_usab
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENT = ROOT / "docs" / "LOW_MEMORY.md"
-CARDS = (12, 16, 24, 48, 80)  # GiB by name
+CARDS = (8, 12, 16, 24, 48, 80)  # GiB by name
 MORE_CARDS = (8, 12, 16, 24, 32, 48, 80)
+NO_IMAGES = "sample.prompts=[]"
+# Preset and overrides → numbers of GPUs.
 CASES = {
-    "sdxl_lora": (1,),
-    "sdxl_12gb": (1,),
-    "sdxl_24gb": (1,),
-    "sdxl_lowmem_offload": (1,),
-    "sdxl_full": (1, 4),
-    "sdxl_8gpu_zero2": (8,),
+    ("sdxl_lora", NO_IMAGES, "engine.offload_blocks=40"): (1,),
+    ("sdxl_12gb", NO_IMAGES): (1,),
+    ("sdxl_lora",): (1,),
+    ("sdxl_24gb",): (1,),
+    ("sdxl_lowmem_offload",): (1,),
+    ("sdxl_full",): (1, 4),
+    ("sdxl_8gpu_zero2",): (8,),
 }
 RELEASED = {"bf16_stochastic": ("adafactor", "adamw8bit", "lion", "adamw"), "bf16_kahan": ("adafactor", "adamw8bit")}
 RELEASED["fp32"] = ("adafactor",)
@@ -83,7 +86,7 @@ def tabulate_combinations() -> str:
     rows: list[tuple[float, str]] = []
     for (preset, words), trained in COMBINATIONS.items():
         changes = [words] if words == AS_MATRICES else words.split()
-        config = load(preset, *changes, *(["sample.prompts=[]"] if trained == "U-Net" else []))
+        config = load(preset, *changes, *([NO_IMAGES] if trained == "U-Net" else []))
         config, _ = resolve_zero_stage(config, 1)
         sizes = measure(preset, config.engine.precision)
         sizes = sizes if trained == WITH_IMAGES else replace(sizes, generation=0)
@@ -111,9 +114,11 @@ def find_card(config: Config, sizes: NetworkSizes) -> tuple[float, str]:
 def tabulate_presets() -> str:
     """Tabulate the largest micro batch of each preset on each GPU, and what a machine needs beside its GPUs."""
     rows = [f"| preset | GPUs | {' | '.join(f'{card} GB' for card in CARDS)} | host |", "|---" * (len(CARDS) + 3) + "|"]
-    for preset, numbers in CASES.items():
-        config = load(preset)
+    for (preset, *words), numbers in CASES.items():
+        config = load(preset, *words)
         sizes = measure(preset, config.engine.precision)
+        sizes = replace(sizes, generation=0) if NO_IMAGES in words else sizes
+        name = ", ".join([preset, *(f"`{word}`" for word in words)])
         for gpus in numbers:
             # One image at a time, so that the batch is divisible on any number of GPUs.
             chosen = replace_settings(config, "train", micro_batch_size=1)
@@ -128,7 +133,7 @@ def tabulate_presets() -> str:
                 for card in CARDS
             ]
             largest = [str(table.find_largest_micro_batch() or "–") for table in tables]
-            rows.append(f"| {preset} | {gpus} | {' | '.join(largest)} | {tables[0].host_peak / 1e9:.0f} GB |")
+            rows.append(f"| {name} | {gpus} | {' | '.join(largest)} | {tables[0].host_peak / 1e9:.0f} GB |")
     return "\n".join(rows)
 
 

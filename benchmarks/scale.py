@@ -1,6 +1,6 @@
-"""Tables of docs/SCALE.md, computed by the model of a step's time and the constants below, each with its source.
+"""Tables of docs/SCALE.md and of speeds in docs/LOW_MEMORY.md, computed by the model of a step's time.
 
-`--check` exits with status 1 if a table of docs/SCALE.md differs.
+The constants below are given with their sources. `--check` exits with status 1 if a table of the documents differs.
 """
 
 import argparse
@@ -22,20 +22,22 @@ from sdxl_trainer.train.estimates.step_time import StepEstimate, estimate_step
 __all__ = ["TIMES_SENT", "WEIGHTS", "compute_sent_bytes"]  # for other benchmarks and tests
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCUMENT = ROOT / "docs" / "SCALE.md"
+DOCUMENT, CARDS_DOCUMENT = ROOT / "docs" / "SCALE.md", ROOT / "docs" / "LOW_MEMORY.md"
 SDXL = ModelSource(ROOT / "configs" / "sdxl")
-GPU_COUNTS, IMAGES = (8, 64, 512), (1e6, 1e7, 1e8)
+GPU_COUNTS = (8, 64, 512)
 H100 = "NVIDIA H100 80GB HBM3"
-# GPU → further settings of full fine-tuning and of adapters; None where the preset does not fit (docs/LOW_MEMORY.md).
-SINGLE_GPUS: dict[str, tuple[list[str] | None, list[str]]] = {
-    "NVIDIA H200": ([], []),
-    H100: ([], []),
-    "NVIDIA A100-SXM4-80GB": ([], []),
-    "NVIDIA A100-SXM4-40GB": (None, []),
-    "NVIDIA L40S": (None, []),
-    "NVIDIA GeForce RTX 4090": (None, ["engine.gradient_checkpointing=full"]),
-    "NVIDIA GeForce RTX 3090": (None, ["engine.gradient_checkpointing=full"]),
-    "NVIDIA GeForce RTX 4080": (None, ["engine.gradient_checkpointing=full"]),
+# GPU → whether full fine-tuning fits it without gradient release (docs/LOW_MEMORY.md).
+SINGLE_GPUS = {
+    "NVIDIA H200": True,
+    H100: True,
+    "NVIDIA A100-SXM4-80GB": True,
+    "NVIDIA A100-SXM4-40GB": False,
+    "NVIDIA L40S": False,
+}
+# Cards of docs/LOW_MEMORY.md → GB.
+CARDS = {
+    **{"RTX 5090": 32, "RTX 4090": 24, "RTX 3090": 24, "RTX 5080": 16, "RTX 4080": 16, "RTX 4060 Ti": 16},
+    **{"RTX 5070": 12, "RTX 4070": 12, "RTX 3060": 12, "RTX 4060": 8},
 }
 # As in configs/sdxl_24gb.yaml.
 RELEASED = [
@@ -47,29 +49,27 @@ MICRO_BATCH, SMALL_MICRO_BATCH = 8, 4
 # Arithmetic of SDXL: configs/sdxl.
 WEIGHTS = 2_567_463_684
 LATENT_BYTES = 4 * 128 * 128 * 4 + 1_000  # at 1024x1024 in fp32, the default, with headers
-# Measured on two cores of a shared machine without a GPU: docs/DATA_SPEED.md, docs/CACHE.md.
-CACHE_CPU_MS_A_IMAGE = 16.6
 GRADIENT_TYPES = ("fp32", "bf16")
 
 
 def main() -> int:
     """Print the tables, or compare them with docs/SCALE.md."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--check", action="store_true", help="compare with docs/SCALE.md instead of printing")
+    parser.add_argument("--check", action="store_true", help="compare with the documents instead of printing")
     options = parser.parse_args()
-    tables = list_tables()
+    tables, cards = list_tables(), tabulate_cards()
     if not options.check:
-        print("\n\n".join(tables))
+        print("\n\n".join([*tables, cards]))
         return 0
     document = DOCUMENT.read_text(encoding="utf-8")
-    return int(not all(table in document for table in tables))
+    return int(not all(table in document for table in tables) or cards not in CARDS_DOCUMENT.read_text("utf-8"))
 
 
 def list_tables() -> list[str]:
-    """List the tables in the document's order."""
+    """List the tables of docs/SCALE.md in its order."""
     return [
         *(tabulate_parts(), tabulate_gpus(), tabulate_step(), tabulate_traffic()),
-        *(tabulate_reading(), tabulate_cache()),
+        tabulate_reading(),
     ]
 
 
@@ -139,12 +139,12 @@ def tabulate_gpus() -> str:
     """Tabulate the images a second of single GPUs."""
     names = ["GPU", "full fine-tuning", "MFU", "gradient release", "adapters", "largest part"]
     rows = [f"| {' | '.join(names)} |", "|---|---|---|---|---|---|"]
-    for gpu, (full, adapters) in SINGLE_GPUS.items():
+    for gpu, fits in SINGLE_GPUS.items():
         cells = ["–", "–"]
-        if full is not None:
-            found = estimate(1, *full, gpu=gpu, micro_batch=SMALL_MICRO_BATCH)
+        if fits:
+            found = estimate(1, gpu=gpu, micro_batch=SMALL_MICRO_BATCH)
             cells = [f"{SMALL_MICRO_BATCH / found.seconds:.1f}", f"{compute_mfu(found, gpu, SMALL_MICRO_BATCH):.0%}"]
-        for words in (RELEASED, ["lora.rank=32", *adapters]):
+        for words in (RELEASED, ["lora.rank=32"]):
             found = estimate(1, *words, gpu=gpu, micro_batch=SMALL_MICRO_BATCH)
             cells.append(f"{SMALL_MICRO_BATCH / found.seconds:.1f}")
         cells.append(found.largest)
@@ -152,16 +152,32 @@ def tabulate_gpus() -> str:
     return "\n".join(rows)
 
 
+def tabulate_cards() -> str:
+    """Tabulate the images a second of GeForce cards with the presets for them."""
+    adapters = ["lora.rank=32", "engine.gradient_checkpointing=full"]
+    heads = ["sdxl_24gb", "sdxl_24gb, two cards", "sdxl_12gb", "sdxl_lora"]
+    cases = ((1, 4, RELEASED), (2, 4, RELEASED), (1, 1, RELEASED), (1, 4, adapters))
+    rows = [f"| GPU | memory | {' | '.join(heads)} |", "|---" * (2 + len(heads)) + "|"]
+    for card, gigabytes in CARDS.items():
+        cells: list[str] = []
+        for head, (gpus, micro_batch, words) in zip(heads, cases, strict=True):
+            seconds = estimate(gpus, *words, gpu=f"NVIDIA GeForce {card}", micro_batch=micro_batch).seconds
+            fits = gigabytes > 8 or "24gb" not in head
+            cells.append(f"{gpus * micro_batch / seconds:.1f}" if fits else "–")
+        rows.append(f"| {card} | {gigabytes} GB | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def tabulate_step() -> str:
     """Tabulate the step of several GPUs, and the time of communication if nothing overlapped."""
     heads = "GPUs | global batch | images/s | step | of it only sending | ZeRO 1, 2: fp32 | bf16 | ZeRO 3: fp32 | bf16"
-    rows = [f"| {heads} | hours |", "|---" * 10 + "|"]
+    rows = [f"| {heads} | hours for a million images |", "|---" * 10 + "|"]
     for gpus in GPU_COUNTS:
         link = GPUS[H100].link_gbs if gpus <= step_time.RANKS_OF_A_NODE else step_time.NETWORK_GBS
         bandwidth = link * step_time.LINK_EFFICIENCY
         cases = [(stage, communication) for stage in (2, 3) for communication in GRADIENT_TYPES]
         sent = [compute_traffic_gb(stage, 1, kind, gpus) * (gpus - 1) / gpus / bandwidth for stage, kind in cases]
-        hours = ", ".join(f"{images / (gpus * compute_rate(gpus)) / 3600:,.3g}" for images in IMAGES)
+        hours = f"{1e6 / (gpus * compute_rate(gpus)) / 3600:,.3g}"
         seconds = [estimate(gpus).seconds, estimate(gpus).parts["communication of ranks"], *sent]
         cells = " | ".join(f"{one * 1e3:.0f} ms" for one in seconds)
         rows.append(f"| {gpus} | {gpus * MICRO_BATCH:,} | {gpus * compute_rate(gpus):,.0f} | {cells} | {hours} |")
@@ -191,15 +207,6 @@ def tabulate_reading() -> str:
         rate = gpus * compute_rate(gpus)
         share = compute_rate(gpus) / step_time.SAMPLES_A_SECOND
         rows.append(f"| {gpus} | {rate:,.0f} | {rate * LATENT_BYTES / 1e6:,.0f} MB/s | {share:.1%} |")
-    return "\n".join(rows)
-
-
-def tabulate_cache() -> str:
-    """Tabulate the space and the CPU time of the cache."""
-    rows = ["| images | latents | CPU of the cache job | on 64 cores |", "|---|---|---|---|"]
-    for images in IMAGES:
-        hours = images * CACHE_CPU_MS_A_IMAGE / 1e3 / 3600
-        rows.append(f"| {images:,.0f} | {images * LATENT_BYTES / 1e12:.3g} TB | {hours:,.3g} h | {hours / 64:.2g} h |")
     return "\n".join(rows)
 
 

@@ -92,7 +92,8 @@ def check_identities(folder: Path, identities: Mapping[str, Identity]) -> Iterat
     fields = orjson.loads(orjson.dumps(wanted.list_fields(), default=tuple))
     differences = ", ".join(f"{name}: {known.get(name)}" for name, value in fields.items() if known.get(name) != value)
     rule = f"holds latents made with other settings ({differences}), which cannot be mixed with new ones"
-    yield Problem("cache.dir", folder, rule, "run bash launch/cache.sh first, or set another cache.dir")
+    cure = "run bash launch/cache.sh with these settings, or use the cache's settings; another cache.dir keeps both"
+    yield Problem("cache.dir", folder, rule, cure)
 
 
 def lock_cache_for_ranks(folder: Path, ranks: Ranks) -> AbstractContextManager:

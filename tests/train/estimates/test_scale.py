@@ -13,6 +13,7 @@ import scale  # noqa: E402  # pyright: ignore[reportMissingImports]
 def test_the_tables_of_the_document_are_the_ones_computed() -> None:
     document = scale.DOCUMENT.read_text()
     assert [table for table in scale.list_tables() if table not in document] == []
+    assert scale.tabulate_cards() in scale.CARDS_DOCUMENT.read_text()
     # GB of a step: gradients reduced 1, 4 or 16 times in the given type, and bf16 weights gathered once.
     assert "| 2 | bf16 | 4 | 10.3 | 25.7 | 87.3 |" in document
     assert "| 2 | fp32 | 6 | 15.4 | 46.2 | 169.5 |" in document

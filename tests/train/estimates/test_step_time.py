@@ -126,7 +126,7 @@ def test_settings_change_the_parts_that_they_are_about() -> None:
     assert full.pop("gradient checkpointing") == pytest.approx(0.77 * sum(forward)) and full == plain
     selective = get_parts("engine.gradient_checkpointing=selective")
     assert selective.pop("gradient checkpointing") == pytest.approx(0.47 * forward[-1]) and selective == plain
-    # FLOPs again of a forward pass of 6.76 TFLOP (docs/BENCHMARKS.md).
+    # FLOPs again of a forward pass of 6.76 TFLOP (docs/PRECISION.md).
     assert REPEATED_BY_FULL == pytest.approx(5.21 / 6.76, rel=0.01)
     text = get_parts("cache.text=false")
     # 111.2 GFLOP an image take less time than the host needs for the kernels.
