@@ -19,6 +19,7 @@ import yaml
 from console_screen import run_in_terminal
 from filelock import FileLock
 from forked_ranks import PLACE_VARIABLE, REPORT_VARIABLE
+from loguru import logger
 from programs import IN_EACH_STEP, MIXED_PROMPTS, ROOT, list_validation_words, run_program
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs of tests inherit it; behind a shell's & it is ignored
@@ -72,6 +73,15 @@ def make_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
             make(folder)
             done.touch()
     return folder
+
+
+@pytest.fixture
+def messages() -> Iterator[list[str]]:
+    """Collect the messages that a test logs."""
+    lines: list[str] = []
+    sink = logger.add(lambda message: lines.append(message.record["message"]))
+    yield lines
+    logger.remove(sink)
 
 
 @pytest.fixture(scope="session")
@@ -179,8 +189,6 @@ def validated(cached_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A disk of 1 MB."""
-    from loguru import logger
-
     place = tmp_path / "disk"
     place.mkdir()
     done = subprocess.run(

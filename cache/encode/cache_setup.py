@@ -15,6 +15,7 @@ from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.checks.unused import check_unused, log_doubts
 from sdxl_trainer.data.formats.manifest import Identity, read_identity, write_identity
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
@@ -24,7 +25,9 @@ from sdxl_trainer.launch.folder_lock import lock_folder
 
 
 def open_checked_index(config: Config, problems: list[Problem]) -> Index:
-    """Check the settings and the data, and open the index of all records. Warn of packages that training will need.
+    """Check the settings and the data, and open the index of all records.
+
+    Logs settings of the cache that change nothing, and packages that training will need.
 
     Args:
         problems: problems found so far, which are reported together with new ones.
@@ -44,6 +47,7 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     of_model = list(check_model(config.model)) or list(check_pair(config))
     raise_if_any([*problems, *found, *of_model, *caption_problems])
     assert index is not None, "records without problems have an index"
+    log_doubts(check_unused(config, ("cache.",)))
     for setting, package in list_missing_packages(config).items():
         logger.warning("training with {} needs the package {}: pip install {}", setting, package, package)
     return index

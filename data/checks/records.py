@@ -10,10 +10,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from loguru import logger
 
-from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.cache_store import open_mirror
+from sdxl_trainer.data.checks.captions import warn_about_captions
 from sdxl_trainer.data.formats.shards import CutShardError, ImageShardError
 from sdxl_trainer.data.images.bucket import list_buckets
 from sdxl_trainer.data.images.kohya_folders import describe_folders, list_kohya_folders
@@ -22,16 +22,12 @@ from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_fold
 from sdxl_trainer.data.metadata.merge import MAX_SHOWN, DuplicateKeyError
 from sdxl_trainer.data.metadata.records import check_sources
 from sdxl_trainer.data.metadata.sources import list_source_files
-from sdxl_trainer.data.order.even_selection import select_evenly
 from sdxl_trainer.data.order.regularisation import check_regularisation
 from sdxl_trainer.data.order.source_weights import check_source_weights
 from sdxl_trainer.data.stores.remote import StoredObject, StoreError, describe_objects, is_remote, is_remote_shard
 from sdxl_trainer.data.stores.streams import StreamError, is_streamed
 from sdxl_trainer.data.text.tag_rules import check_tag_rules
 
-WIDE_COMMAS = ("，", "、")  # marks between tags that input methods for Chinese and Japanese write
-NUM_LOOKED_AT = 1000  # captions whose separator is looked at
-MIN_SHARE = 0.05  # of these captions, from which on a wrong separator is no accident
 MAX_NAMED = 5  # records that a warning names; launch/preview.sh lists all
 
 
@@ -76,7 +72,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
         return OpenedIndex(None, [build_source_problem(data, "holds no images", cure)])
     warn_about_records(data, index)
     warn_of_kohya_folders(data)
-    warn_of_separator(data.caption, index)
+    warn_about_captions(data, index)
     caption_problems = list(check_captions(data, index))
     if not need_captions:
         for problem in caption_problems:
@@ -153,31 +149,6 @@ def warn_of_kohya_folders(data: DataConfig) -> None:
     if names and not data.source_weights:
         text = "folders named {} look like kohya's; set data.kohya_folders: true to use their numbers as repeats"
         logger.warning(text, describe_folders(names))
-
-
-def warn_of_separator(caption: CaptionConfig, index: Index) -> None:
-    """Name the separator to set if settings that work on tags do nothing, because another mark separates the tags."""
-    names = ("shuffle", "tag_dropout_rate", "keep_tokens", "token_warmup_steps", "aliases", "implications")
-    used = [f"data.caption.{name}" for name in names if getattr(caption, name)]
-    if not used or not len(index):
-        return
-    texts = [str(index.record(row)["caption"]) for row in select_evenly(len(index), NUM_LOOKED_AT).tolist()]
-    whole = [text for text in texts if caption.separator not in text]
-    counts = {mark: sum(mark in text for text in whole) for mark in WIDE_COMMAS if mark != caption.separator}
-    mark = max(counts, key=counts.__getitem__)
-    if counts[mark] >= max(1, MIN_SHARE * len(texts)):
-        logger.warning(
-            "{} of {} captions have '{}' between their tags and not '{}', so {} leaves them as they are; {}",
-            counts[mark],
-            len(texts),
-            mark,
-            caption.separator,
-            ", ".join(used),
-            # The other captions would be single tags with the rarer mark.
-            f"set data.caption.separator: '{mark}'"
-            if counts[mark] > len(texts) - len(whole)
-            else f"write '{caption.separator}' in them",
-        )
 
 
 def check_keys(data: DataConfig, index: Index) -> Iterator[Problem]:

@@ -43,14 +43,6 @@ def ended(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
             thread.join(20)
 
 
-@pytest.fixture
-def messages() -> Iterator[list[str]]:
-    lines: list[str] = []
-    sink = logger.add(lambda line: lines.append(str(line)), format="{message}")
-    yield lines
-    logger.remove(sink)
-
-
 def test_progress_keeps_the_process_alive_and_a_stall_ends_it(current, ended, messages) -> None:
     order = []
     current.finish_step(12)

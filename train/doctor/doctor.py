@@ -92,7 +92,7 @@ def examine_settings(config: Config, world_size: int) -> Generator[Finding, None
     from sdxl_trainer.train.doctor.checkpoint import check_newest_checkpoint
     from sdxl_trainer.train.doctor.images import examine_images
     from sdxl_trainer.train.doctor.model import examine_hub_model, examine_prediction
-    from sdxl_trainer.train.run.checks import check_latent_scale, check_resume, check_warmup, verify_run
+    from sdxl_trainer.train.run.checks import check_resume, list_doubts, verify_run
     from sdxl_trainer.train.run.training_data import split_data
 
     yield from examine_hub_model(config.model)
@@ -109,7 +109,7 @@ def examine_settings(config: Config, world_size: int) -> Generator[Finding, None
                 if index is not None and not found:
                     split = split_data(config, index, open_strategy(config), ONE_RANK)
                     hidden += check_newest_checkpoint(config, index, split, real_run, ONE_RANK)
-                    doubts += [*check_warmup(config), *check_latent_scale(config, index)]
+                    doubts += list_doubts(config, index)
                 steps = count_steps(config.train, split and split.plan)
             except UserInputError as error:
                 index, found = None, error.problems

@@ -16,6 +16,7 @@ from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.checks.latent_files import check_latent_channels, has_masks, measure_latent_std
 from sdxl_trainer.data.checks.left_out import leave_out_bad_latents
 from sdxl_trainer.data.checks.training_set import open_training_set
+from sdxl_trainer.data.checks.unused import check_unused, log_doubts
 from sdxl_trainer.data.checks.validation_set import (
     check_held_out,
     derive_validation_config,
@@ -69,7 +70,6 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     problems += prepare_strategy(config, index)
     problems += check_run_settings(config)
     problems += check_mask_use(config, index)
-    warn_of_unused_masks(config)
     if config.cache.text and not problems:
         problems += check_cached_text(config, index)
         if validation_index:
@@ -163,12 +163,6 @@ def get_repeats_file(run: RunConfig) -> Path:
     return run.folder / "repeats.npy"
 
 
-def warn_of_unused_masks(config: Config) -> None:
-    """Warn if the data have masks that the loss does not use."""
-    if config.data.masks is not None and not config.objective.masked_loss:
-        logger.warning("data.masks has no effect, because objective.masked_loss is false")
-
-
 def check_prediction(config: Config) -> Iterator[Problem]:
     """Yield a problem if the model declares another prediction type, or another end of the noise, than the settings.
 
@@ -220,8 +214,15 @@ def check_warmup(config: Config) -> Iterator[Problem]:
         yield Problem("optim.warmup_steps", config.optim.warmup_steps, rule, "lower it, unless this is a trial")
 
 
+def list_doubts(config: Config, index: Index) -> list[Problem]:
+    """List what may be a mistake and may be meant, besides `check_prediction`.
+
+    Raises:
+        StoreError: a store cannot be read.
+    """
+    return [*check_unused(config), *check_warmup(config), *check_latent_scale(config, index)]
+
+
 def warn_of_doubts(config: Config, index: Index) -> None:
     """Log what may be a mistake and may be meant."""
-    for problem in (*check_prediction(config), *check_warmup(config), *check_latent_scale(config, index)):
-        value = "" if problem.value is None else f"={problem.value}"
-        logger.warning("{}{}: {}; {}", problem.key, value, problem.rule, problem.cure)
+    log_doubts([*check_prediction(config), *list_doubts(config, index)])

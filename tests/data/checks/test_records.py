@@ -1,18 +1,18 @@
 """Checks of records before any network is loaded."""
 
 import inspect
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-from loguru import logger
 from PIL import Image
 
+from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
-from sdxl_trainer.data.checks import records, training_set, validation_set
+from sdxl_trainer.data.checks import captions, records, training_set, validation_set
 from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.text.tag_rules import load_tag_rules
 
 
 @pytest.fixture
@@ -24,15 +24,6 @@ def settings(tmp_path: Path) -> Path:
     file = tmp_path / "x.yaml"
     file.write_text(f"data: {{image_dirs: [{tmp_path / 'images'}]}}\ncache: {{dir: {tmp_path / 'cache'}}}\n")
     return file
-
-
-@pytest.fixture
-def messages() -> Iterator[list[str]]:
-    """Return the log messages of a test."""
-    lines: list[str] = []
-    handler = logger.add(lambda message: lines.append(message.record["message"]), format="{message}")
-    yield lines
-    logger.remove(handler)
 
 
 def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -> None:
@@ -81,6 +72,45 @@ def test_the_rarer_of_two_separators_is_to_be_replaced(settings: Path, messages:
     open_checked_records(load_config(settings, ["data.caption.shuffle=true"])[0])
     (found,) = (message for message in messages if "between their tags" in message)
     assert found.startswith("1 of 3 captions have '，'") and found.endswith("; write ',' in them")
+
+
+@pytest.mark.parametrize(
+    ("aliases", "words", "named"),
+    [
+        ("kitty,cat", "", "data.caption.aliases: the 3 captions that were looked at have none of its 1 tag; "),
+        ("Red_Hat,cap", "", ""),  # spelled in another way
+        ("kitty,red hat", "data.caption.prefix=kitty,", ""),
+        ("kitty,cat", "data.strategy=docs/examples/strategy.py:Strategy", ""),  # builds other captions
+        ("red hat,cap", "data.caption.protected_tags=[capp]", "data.caption.protected_tags: "),
+        ("red hat,cap", "data.caption.protected_tags=[cap]", ""),  # by the alias
+    ],
+)
+def test_tags_of_settings_that_no_caption_has_are_named(
+    settings: Path, messages: list[str], aliases: str, words: str, named: str
+) -> None:
+    for name in "abc":
+        (settings.parent / "images" / f"{name}.txt").write_text("a cat on a mat, red hat")
+    file = settings.parent / "aliases.csv"
+    file.write_text(aliases)
+    config, problems = load_config(
+        settings, ["data.caption.shuffle=true", f"data.caption.aliases={file}", *words.split()]
+    )
+    open_checked_records(config)
+    found = [message for message in messages if "looked at" in message]
+    assert problems == [] and len(found) == bool(named) and all(message.startswith(named) for message in found)
+
+
+def test_rare_tags_are_not_named_if_only_some_captions_were_looked_at(messages: list[str], tmp_path: Path) -> None:
+    (tmp_path / "few.csv").write_text("kitty,cat")
+    (tmp_path / "many.csv").write_text("".join(f"tag {number},cat\n" for number in range(captions.MIN_TAGS)))
+    for name in ("few", "many"):
+        caption = CaptionConfig(aliases=str(tmp_path / f"{name}.csv"))
+        rules = load_tag_rules(caption)
+        assert rules is not None
+        captions.warn_of_tag_files(caption, rules, ["a dog", "a mat"], all_captions=False)
+    assert [message.split(";")[0] for message in messages] == [
+        f"data.caption.aliases: the 2 captions that were looked at have none of its {captions.MIN_TAGS} tags"
+    ]
 
 
 def test_a_clash_of_keys_and_missing_captions_are_reported_together(tmp_path: Path) -> None:

@@ -6,11 +6,10 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from loguru import logger
 from reshard_ranks import WHOLE, build_engine, train
 
 from sdxl_trainer.configs.problems import FailedError
@@ -38,14 +37,6 @@ def engine(ranks: Ranks) -> Engine:
     engine = build_engine(2, WHOLE, ranks)
     train(engine, ranks, range(3))
     return engine
-
-
-@pytest.fixture
-def messages() -> Iterator[list[str]]:
-    lines: list[str] = []
-    sink = logger.add(lambda line: lines.append(str(line)), format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 def build_saver(engine: Engine, folder: Path, export: Callable[[Path], None] | None = None) -> EmergencySaver:

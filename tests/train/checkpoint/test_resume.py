@@ -7,7 +7,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from loguru import logger
 from programs import run_program
 
 from sdxl_trainer.configs.problems import UserInputError
@@ -108,15 +107,6 @@ def build_state(fingerprint: str = "data", **settings: dict) -> TrainState:
 
 def build_plan(num_samples: int = 40, global_batch_size: int = 4) -> Plan:
     return Plan(np.zeros(num_samples, np.int64), global_batch_size, seed=0)
-
-
-@pytest.fixture
-def messages():
-    """Collect the logged messages."""
-    lines: list[str] = []
-    sink = logger.add(lambda line: lines.append(str(line)), format="{message}")
-    yield lines
-    logger.remove(sink)
 
 
 def test_only_changes_that_alter_training_are_listed() -> None:
