@@ -96,7 +96,7 @@ def compute_rate(gpus: int = 1) -> float:
 
 
 def compute_sent_bytes(stage: int, accumulation: int, communication: str, ranks: int = 8) -> float:
-    """Return the bytes a weight that a rank sends in a step in bf16, without the factor (N-1)/N for N ranks."""
+    """Return the bytes per weight that a rank sends in a step in bf16, without the factor (N-1)/N for N ranks."""
     return count_sent_bytes(stage, accumulation, communication, ranks).total
 
 
@@ -187,7 +187,7 @@ def tabulate_step() -> str:
 def tabulate_traffic() -> str:
     """Tabulate bytes by stage, type and accumulation, and the bandwidth that takes as long as the arithmetic."""
     seconds = estimate(1).seconds
-    rows = ["| ZeRO | gradients sent in | bytes a weight | GB a step | 4 micro batches | 16 | limit below, GB/s |"]
+    rows = ["| ZeRO | gradients sent in | bytes per weight | GB per step | 4 micro batches | 16 | limit below, GB/s |"]
     rows.append("|---|---|---|---|---|---|---|")
     for stage in range(4):
         for communication in GRADIENT_TYPES:
