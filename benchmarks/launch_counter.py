@@ -8,7 +8,8 @@ the host wait for the device: `item`, `nonzero`, `tolist`, and copies between ho
 On a CPU, host and device are the same to PyTorch. The counter therefore keeps a list of host tensors: the ones that it
 is given, those that the phases in `OWN_PHASES` make without naming `DEVICE`, and results of host tensors alone.
 Operators on them count nothing, and copying one to `DEVICE` is a copy to the device. It blocks, unless it is made with
-`non_blocking` from a tensor that was given as pinned. What exists on CUDA only, as a `synchronize`, is not seen.
+`non_blocking` from a tensor that was given as pinned. DeepSpeed's accelerator is asked to `synchronize` on a CPU too,
+which counts; other calls that exist on CUDA only are not seen.
 """
 
 import math
@@ -16,8 +17,10 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
+from unittest import mock
 
 import torch
+from deepspeed.accelerator import get_accelerator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -78,10 +81,14 @@ class LaunchCounter:
     def __enter__(self) -> "LaunchCounter":
         self._contexts.enter_context(_Operators(self))
         self._contexts.enter_context(_Methods(self))
+        self._contexts.enter_context(mock.patch.object(get_accelerator(), "synchronize", self._synchronize))
         return self
 
     def __exit__(self, *error: Any) -> None:
         self._contexts.close()
+
+    def _synchronize(self, *_: Any) -> None:
+        self.add("synchronize", 0, syncs=1)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.launch import patches
@@ -28,8 +29,8 @@ CHECKS_TIMEOUT = timedelta(days=1)
 CHECKED_KEY = "rank 0 has checked settings and data"  # its value: empty, or the exit status of a failed rank 0
 ANNOUNCE_SECONDS = 20.0  # that a failed rank 0 waits until the other ranks have read its exit status
 HEARD_KEY = "ranks that know that rank 0 has failed"  # a count
-# A collective ends this much later than `engine.timeout_minutes`. NCCL then ends the process without an exception, so
-# the watchdog of training must have saved by then.
+# A collective ends this much later than `engine.timeout_minutes`. NCCL then ends the process without an exception,
+# unless it is told not to, so the watchdog of training must have saved by then.
 COLLECTIVE_MARGIN = timedelta(minutes=10)
 
 _joined = False  # whether this process has ever joined the process group
@@ -138,13 +139,24 @@ def init_ranks(
             rank=rank,
             world_size=world_size,
             timeout=timeout + collective_margin,
-            device_id=device if use_gpu else None,
+            device_id=device if use_gpu and binds_device(world_size) else None,
         )
         _meeting = meeting
         if world_size > 1:
             ACTIVITY.publish_by(_publish_activity)
     _joined = True
     return Ranks(rank, local_rank, world_size, device)
+
+
+def binds_device(world_size: int, torch_version: str = torch.__version__) -> bool:
+    """Return whether a rank's GPU is named when the process group is made, by the rule of DeepSpeed 0.19.8.
+
+    A single rank has nobody to reach, and NCCL fails on some machines when it divides a group of one
+    (github.com/deepspeedai/DeepSpeed/issues/8248). PyTorch after 2.6.0 and before 2.7.1 hangs
+    (github.com/pytorch/pytorch/issues/153960).
+    """
+    release = Version(Version(torch_version).public)  # without the version of CUDA
+    return world_size > 1 and not Version("2.6.0") < release < Version("2.7.1")
 
 
 def announce_rank_zero_failure(status: int) -> None:

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -29,7 +30,7 @@ from sdxl_trainer.launch.status import (
 
 # A launcher kills all ranks when the first one ends, so the others give rank 0 this long to print the reason.
 RANK_ZERO_SECONDS = 10
-ALLOCATOR_VARIABLES = {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"}  # the second is the older name
+ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before torch 2.9, and from then on
 TRACKER_FILTER = "ignore:resource_tracker"
 OVERRIDES_HELP = "settings that override the file's, such as optim.lr=1e-5"
 DRY_RUN_HELP = "check everything up to the first step, then stop"
@@ -139,8 +140,9 @@ def prepare_process() -> None:
     filters = [*filter(None, os.environ.get("PYTHONWARNINGS", "").split(",")), TRACKER_FILTER]
     os.environ["PYTHONWARNINGS"] = ",".join(dict.fromkeys(filters))
     # Buckets of many sizes fragment the GPU memory that PyTorch reserves, unless its segments can grow.
-    if not ALLOCATOR_VARIABLES & os.environ.keys():
-        os.environ[min(ALLOCATOR_VARIABLES)] = "expandable_segments:True"
+    if not os.environ.keys() & set(ALLOCATOR_VARIABLES):
+        release = tuple(int(number) for number in version("torch").split(".")[:2])
+        os.environ[ALLOCATOR_VARIABLES[release >= (2, 9)]] = "expandable_segments:True"
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -12,6 +12,7 @@ from loguru import logger
 from sdxl_trainer.cache.patches import enable_tiling
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.configs.schema import CacheConfig
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.data.order.keyed_random import derive_seed
 from sdxl_trainer.launch.kernels import use_tf32
 
@@ -91,11 +92,8 @@ class VaeEncoder:
 
     @torch.inference_mode()
     def _launch(self, pixels: np.ndarray, keys: list[str]) -> "_LaunchedBatch":
-        images = torch.from_numpy(pixels)
-        if self._device.type == "cuda":
-            images = images.pin_memory()
         # The permuted view is channels last in memory, which is also the layout of the weights on a GPU.
-        images = images.to(self._device, non_blocking=True).permute(0, 3, 1, 2)
+        images = copy_to_device(torch.from_numpy(pixels), self._device).permute(0, 3, 1, 2)
         images = (images.float() / 127.5 - 1).to(self._dtype)
         parts = self._encode(images, keys, 0)
         if self._flip:
@@ -115,7 +113,7 @@ class VaeEncoder:
             return [mean, std]
         # The noise is keyed to the image, so that latents do not depend on the batch or on the number of ranks.
         noise = [_draw_noise(tuple(mean.shape[1:]), derive_seed(mirrored, *key.encode())) for key in keys]
-        return [mean + std * torch.stack(noise).to(mean.device, non_blocking=True)]
+        return [mean + std * copy_to_device(torch.stack(noise), mean.device)]
 
 
 class HostCopy:

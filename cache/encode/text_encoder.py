@@ -11,6 +11,7 @@ import torch
 from sdxl_trainer.cache.encode.latent_encoder import HostCopy
 from sdxl_trainer.cache.models.encoders import TextEncoders
 from sdxl_trainer.data.formats.text_outputs import TextOutputs
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.data.text.tokens import TokenIds, Tokenizers, encode_captions
 
 # Captions are encoded in groups of this size; the last group repeats its last caption. Kernels for other sizes round
@@ -86,7 +87,7 @@ class PendingText:
 def move_tokens(tokens: TokenIds, device: torch.device) -> TokenTensors:
     """Move token ids and their weights to a device."""
     arrays = {name: torch.from_numpy(array) for name, array in tokens._asdict().items() if array is not None}
-    return TokenTensors(**{name: array.to(device, non_blocking=True) for name, array in arrays.items()})
+    return TokenTensors(**{name: copy_to_device(array, device) for name, array in arrays.items()})
 
 
 def encode_text(encoder: torch.nn.Module, input_ids: torch.Tensor, weights: torch.Tensor | None = None) -> TextStates:

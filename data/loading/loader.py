@@ -21,7 +21,7 @@ from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_folder
 from sdxl_trainer.data.loading.dataset import LatentDataset, SampleSettings
 from sdxl_trainer.data.loading.micro_batch import MicroBatch, MicroSpec
-from sdxl_trainer.data.loading.patches import fail_with_workers
+from sdxl_trainer.data.loading.patches import fail_with_workers, leave_pinning_thread
 from sdxl_trainer.data.order.plan import BucketRows, Plan, Position
 from sdxl_trainer.data.order.shard_plan import ShardPlan
 from sdxl_trainer.data.stores.shard_copies import open_copies
@@ -165,8 +165,8 @@ def iterate_batches(
             **worker_options,
         )
         batches = iter(loader)
-    if num_workers and not pin_memory:
-        fail_with_workers(batches)
+    if num_workers:
+        (leave_pinning_thread if pin_memory else fail_with_workers)(batches)
     for variable in (SOURCES_VARIABLE, RULES_VARIABLE):  # the server has read them by now
         os.environ.pop(variable, None)
     return batches

@@ -181,6 +181,20 @@ def test_a_left_over_world_size_without_an_address_is_wrong_input(monkeypatch: p
         distributed.init_ranks()
 
 
+@pytest.mark.parametrize(
+    ("world_size", "release", "binds"),
+    [
+        (1, "2.13.0+cu130", False),
+        (2, "2.13.0+cu130", True),
+        (2, "2.6.0+cu124", True),
+        (2, "2.7.0+cu126", False),
+        (2, "2.7.1+cu126", True),
+    ],
+)
+def test_a_device_is_bound_by_deepspeeds_rule(world_size: int, release: str, binds: bool) -> None:
+    assert distributed.binds_device(world_size, release) == binds
+
+
 def test_more_ranks_than_devices_are_wrong_input(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)

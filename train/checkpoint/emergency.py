@@ -6,8 +6,9 @@ rank was killed, its shard is missing, and the next start uses the newest sealed
 
 A rank that is blocked inside a collective runs no Python signal handler, but a thread learns of each signal
 (launch/signals.py). Another thread then gives the loop time to end normally, and saves without it. If no signal comes,
-the watchdog of the run calls `save` (launch/activity.py). NCCL ends a process whose collective timed out without
-raising anything in Python, so the watchdog acts minutes earlier.
+the watchdog of the run calls `save` (launch/activity.py). NCCL would end a process whose collective timed out or whose
+peer is gone without raising anything in Python. Training turns that off (train/run/job.py); should a user turn it on,
+the watchdog acts minutes before a time-out.
 """
 
 import os

@@ -127,7 +127,7 @@ class HostUpdates:
         self._memory = HostMemory()
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         # On a CPU the passes use the cores.
-        begin = partial(use_threads, choose_num_threads()) if device.type == "cuda" else None
+        begin = partial(_begin_thread, device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, "averages", begin)
         self._running: Future[None] | None = None
         self._has_read = threading.Event()
@@ -160,6 +160,12 @@ class HostUpdates:
         finally:
             self._has_read.set()
         move(copies, decays)
+
+
+def _begin_thread(device: torch.device) -> None:
+    # PyTorch's choice of a device holds for a single thread.
+    torch.cuda.set_device(device)
+    use_threads(choose_num_threads())
 
 
 def divide_values(tensors: Sequence[torch.Tensor]) -> Iterator[slice]:

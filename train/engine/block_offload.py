@@ -9,8 +9,9 @@ the repetition refers to the copy itself, not to the parameter, so a parameter m
 visit one after the other: autograd finishes a block before it repeats an earlier one, whose operations are older.
 
 The state that the optimizer keeps for a block travels with it in backward passes. Left on the device, moments of AdamW
-in bf16 would take twice the bytes that the weights free. Only Adafactor's factors are small; they travel too, since
-they are copied in a hundredth of the time.
+in bf16 would take twice the bytes that the weights free. A state of less than a megabyte, such as Adafactor's factors
+of a transformer block, stays on the device: its many small copies would make the host wait, because only larger buffers
+are page-locked.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,11 +22,12 @@ import torch
 
 from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.problems import Problem
-from sdxl_trainer.train.engine.host_memory import HostMemory
+from sdxl_trainer.train.engine.host_memory import REGISTERED_BYTES, HostMemory
 
 ALIGNMENT = 256  # bytes, as PyTorch's allocator aligns tensors
 # Smaller tensors of the optimizer's state stay on the device: counters, and tables that several weights share.
 MIN_TRAVELLING_VALUES = 1024
+MIN_TRAVELLING_BYTES = REGISTERED_BYTES  # of a block's state
 
 
 def check_block_offload(engine: EngineConfig, uses_adapters: bool) -> Iterator[Problem]:
@@ -243,14 +245,15 @@ class BlockOffload:
     def _find_state(self, block: torch.nn.Module) -> None:
         """Bring home the optimizer's state of a block, which an update or a checkpoint may have replaced."""
         assert self._optimizer is not None
-        tensors = []
-        for weight in block.parameters():
-            values = self._optimizer.state[weight].values() if weight in self._optimizer.state else ()
-            for value in values:
-                if isinstance(value, torch.Tensor) and value.numel() >= MIN_TRAVELLING_VALUES:
-                    tensors.append(value)
-                elif isinstance(value, torch.Tensor) and self._belongs_to_device(value):
-                    value.data = value.to(self._device)
+        states = [self._optimizer.state[weight] for weight in block.parameters() if weight in self._optimizer.state]
+        values = [value for state in states for value in state.values() if isinstance(value, torch.Tensor)]
+        tensors = [value for value in values if value.numel() >= MIN_TRAVELLING_VALUES]
+        if sum(value.nbytes for value in tensors) < MIN_TRAVELLING_BYTES:
+            tensors = []
+        travelling = set(map(id, tensors))
+        for value in values:
+            if id(value) not in travelling and self._belongs_to_device(value):
+                value.data = value.to(self._device)
         parcel = self._states.get(block)
         if parcel is not None and parcel.fits(tensors):
             parcel.write_back(self._stream, tensors)

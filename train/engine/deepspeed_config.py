@@ -241,6 +241,8 @@ def build_deepspeed_config(
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31,
+        # It would make the host wait for the device before and after every micro step.
+        "timers": {"throughput": {"enabled": False}},
     }
     return _merge(settings, config.deepspeed)
 

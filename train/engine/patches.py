@@ -24,6 +24,7 @@ if not torch.cuda.is_available():
 import deepspeed
 import deepspeed.ops
 import deepspeed.runtime.compiler
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION, ZeroStageEnum
@@ -45,6 +46,17 @@ def skip_op_probe() -> None:
     if not torch.cuda.is_available():
         # A lazy attribute of the module, which type checkers do not see.
         setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010
+
+
+def ignore_nvml() -> None:
+    """Let DeepSpeed read the free memory of a GPU from PyTorch if CUDA_VISIBLE_DEVICES has names instead of numbers.
+
+    Why: with the package pynvml, `available_memory` reads these names (`GPU-...`, `MIG-...`) as numbers, and ZeRO 1 and
+    2 end with a ValueError. Looked for: a setting; the accelerator has none.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if any(name and not name.strip().isdecimal() for name in visible.split(",")):
+        cuda_accelerator.pynvml = None
 
 
 def delay_kernel_compilation() -> None:
@@ -111,6 +123,7 @@ def keep_zero_optimizer() -> None:
 
 
 skip_op_probe()
+ignore_nvml()
 delay_kernel_compilation()
 silence_renamed_collectives()
 skip_gradient_allocation()

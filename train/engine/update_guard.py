@@ -59,6 +59,7 @@ class UpdateGuard:
         Yields None if the weights are halfway through an update that does not end in time, on the host or the device.
         """
         deadline = time.monotonic() + timeout_seconds
+        self.mark.choose_device()
         held = self._lock.acquire(timeout=timeout_seconds)
         try:
             if held and not self._halfway and self.mark.is_passed(deadline - time.monotonic()):
@@ -83,6 +84,14 @@ class WriteMark:
         self._event = torch.cuda.Event() if device.type == "cuda" else None
         # Made in advance: a device that hangs may not make one.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def choose_device(self) -> None:
+        """Choose the device for this thread. PyTorch's choice holds for a single thread.
+
+        Without it, calls of CUDA by a new thread would take memory of the first GPU, which another rank has filled.
+        """
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
 
     def record(self) -> None:
         """Move the mark behind all work that this thread has started so far."""

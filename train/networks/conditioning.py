@@ -10,6 +10,7 @@ import torch
 
 from sdxl_trainer.cache.encode.text_encoder import encode_text
 from sdxl_trainer.cache.models.encoders import TextEncoders
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 
 # The text inputs of `TrainedNetworks` for a micro batch. For a frozen encoder: its states `hidden` [B, L, C1], or
@@ -51,13 +52,13 @@ class TextConditioner:
     def build_inputs(self, batch: MicroBatch, device: torch.device) -> TextInputs:
         """Return the text inputs of a micro batch on the device, from its cached states or its token ids."""
         if batch.text is not None:
-            return {name: states.to(device, non_blocking=True) for name, states in batch.text.items()}
+            return {name: copy_to_device(states, device) for name, states in batch.text.items()}
         weights, weights_2 = batch.token_weights, batch.token_weights_2
         return self.encode_frozen(
-            batch.input_ids.to(device, non_blocking=True),
-            batch.input_ids_2.to(device, non_blocking=True),
-            None if weights is None else weights.to(device, non_blocking=True),
-            None if weights_2 is None else weights_2.to(device, non_blocking=True),
+            copy_to_device(batch.input_ids, device),
+            copy_to_device(batch.input_ids_2, device),
+            None if weights is None else copy_to_device(weights, device),
+            None if weights_2 is None else copy_to_device(weights_2, device),
         )
 
     def release(self) -> None:

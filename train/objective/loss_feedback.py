@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.train.objective import diffusion
 from sdxl_trainer.train.objective.adaptive_timesteps import LossTable, add_losses, compute_probabilities
-from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.learned_weighting import (
     LearnedWeighting,
     compute_log_losses,

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch.nn.functional import interpolate
 
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import expand_like
 
 CANDIDATES_AT_ONCE = 16  # 4 MiB for a latent of 4 x 128 x 128
@@ -27,7 +28,7 @@ def draw_noise(
     """Draw standard normal noise, [B, *shape] float32, each sample from its own seed."""
     source = device if drawn_on is None else drawn_on
     samples = [torch.randn(*shape, generator=build_generator(seed, source), device=source) for seed in seeds]
-    return torch.stack(samples).to(device, non_blocking=True)
+    return copy_to_device(torch.stack(samples), torch.device(device))
 
 
 def draw_nearest_noise(
@@ -49,10 +50,8 @@ def draw_nearest_noise(
 def _draw_nearest(x0: torch.Tensor, num_candidates: int, generator: torch.Generator) -> torch.Tensor:
     """Draw the nearest of several noises for one sample, [C, h, w]."""
     counts = [min(CANDIDATES_AT_ONCE, num_candidates - start) for start in range(0, num_candidates, CANDIDATES_AT_ONCE)]
-    nearest = [
-        _choose_nearest(torch.randn(count, *x0.shape, generator=generator, device=generator.device).to(x0.device), x0)
-        for count in counts
-    ]
+    drawn = (torch.randn(count, *x0.shape, generator=generator, device=generator.device) for count in counts)
+    nearest = [_choose_nearest(copy_to_device(candidates, x0.device), x0) for candidates in drawn]
     return nearest[0] if len(nearest) == 1 else _choose_nearest(torch.stack(nearest), x0)
 
 
@@ -114,7 +113,7 @@ def _add_pyramid(
     generator = build_generator(seed, drawn_on)
     for level, ratio in enumerate(ratios):
         size = (max(1, int(height / ratio**level)), max(1, int(width / ratio**level)))
-        small = torch.randn(1, channels, *size, generator=generator, device=drawn_on).to(noise.device)
+        small = copy_to_device(torch.randn(1, channels, *size, generator=generator, device=drawn_on), noise.device)
         noise = noise + discount**level * interpolate(small, (height, width), mode="bilinear")[0]
         if 1 in size:
             break

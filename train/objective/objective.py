@@ -12,10 +12,10 @@ import torch
 
 from sdxl_trainer.configs.objective import ObjectiveConfig
 from sdxl_trainer.configs.section import is_own_code
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.data.own_code import bind_arguments, load_own_function
 from sdxl_trainer.train.objective import diffusion
-from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import LatentStatistics
 from sdxl_trainer.train.objective.drawn_noise import DrawnNoise
 from sdxl_trainer.train.objective.loss_feedback import FeedbackState, LossFeedback, NoiseLevels, build_feedback_state
@@ -109,7 +109,7 @@ class Objective:
 
     def normalize_latents(self, latents: torch.Tensor) -> torch.Tensor:
         """Return x0 for latents of the VAE, moved to the device. Shape [B, C, h, w] in and out."""
-        latents = latents.to(self.device, non_blocking=True)
+        latents = copy_to_device(latents, self.device)
         return diffusion.normalize_latents(latents, *self._latent_statistics)
 
     def sample_timesteps(self, keys: SampleKeys, num_pixels: int) -> DrawnTimesteps:

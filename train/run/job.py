@@ -115,6 +115,9 @@ def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Se
         assert index is not None, "a run without problems has an index"
         warn_of_doubts(config, index)
         path = index.path
+    # NCCL would end this process as soon as another rank's connection is closed, before the state is saved. The
+    # watchdog ends it instead.
+    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
     ranks = init_ranks(config.engine.timeout_minutes)
     path, finished_step = broadcast_object((path, finished_step))
     if finished_step is not None:

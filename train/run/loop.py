@@ -11,6 +11,7 @@ import torch
 from sdxl_trainer.cache.encode.latent_encoder import HostCopy
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.formats.latents import VAE_FACTOR
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.plan import Plan, Position
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -21,7 +22,6 @@ from sdxl_trainer.launch.signals import BrokenOff
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.estimates.measured_memory import StepMemoryLogger
 from sdxl_trainer.train.estimates.slow_ranks import RankTimes, read_rank_times
-from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.loss_feedback import StepLosses
 from sdxl_trainer.train.objective.objective import SampleKeys
 from sdxl_trainer.train.optim.schedules import compute_lr

@@ -14,6 +14,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.validation import ValidationConfig
 from sdxl_trainer.data.counted_warnings import CountedWarnings
+from sdxl_trainer.data.loading.device_copy import copy_to_device
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -31,7 +32,6 @@ from sdxl_trainer.train.held_out.sample_errors import (
     write_sample_errors,
 )
 from sdxl_trainer.train.networks.conditioning import TextConditioner
-from sdxl_trainer.train.objective.device_copy import copy_to_device
 from sdxl_trainer.train.objective.diffusion import NUM_TIMESTEPS
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
 from sdxl_trainer.train.objective.timesteps import draw_uniform

@@ -18,6 +18,7 @@ from sdxl_trainer.configs.schema import EmaConfig
 from sdxl_trainer.launch.distributed import init_ranks
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter
+from sdxl_trainer.train.engine import block_offload
 from sdxl_trainer.train.engine.block_offload import BlockOffload, Parcel
 from sdxl_trainer.train.engine.deepspeed_config import DTYPES, BatchSizes
 from sdxl_trainer.train.engine.engine import Engine
@@ -133,6 +134,12 @@ def spoiled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Parcel, "leave", spoil)
 
 
+@pytest.fixture
+def travelling_state(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the state of these small blocks travel, as that of large ones does."""
+    monkeypatch.setattr(block_offload, "MIN_TRAVELLING_BYTES", 0)
+
+
 CASES: dict[str, dict[str, Any]] = {
     "AdamW": {},
     "AdamW, fp32": {"precision": "fp32"},
@@ -145,7 +152,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("settings", CASES.values(), ids=CASES.keys())
-@pytest.mark.usefixtures("spoiled")
+@pytest.mark.usefixtures("spoiled", "travelling_state")
 def test_nothing_changes_by_a_bit(settings: dict, device: str) -> None:
     plain, offloaded = (build_engine(number, device, **settings) for number in (0, NUM_BLOCKS - 1))
     losses = train(plain)
@@ -156,6 +163,7 @@ def test_nothing_changes_by_a_bit(settings: dict, device: str) -> None:
 
 @pytest.mark.parametrize("name", ["adamw", "adafactor"])
 @pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("travelling_state")
 def test_checkpoints_are_those_of_a_run_without(name: str, device: str, tmp_path: Path) -> None:
     whole = build_engine(0, device, name)
     expected = train(whole)
@@ -200,6 +208,7 @@ def follow(monkeypatch: pytest.MonkeyPatch, engine: Engine, calls: list[str], no
         monkeypatch.setattr(Parcel, method, call)
 
 
+@pytest.mark.usefixtures("travelling_state")
 def test_copies_run_ahead_and_two_blocks_visit_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     engine, calls, present = build_engine(4), [], []
     train(engine, range(1))
@@ -222,6 +231,7 @@ def test_copies_run_ahead_and_two_blocks_visit_at_most(monkeypatch: pytest.Monke
     assert not any(parcel._copy is not None for parcel in parcels)
 
 
+@pytest.mark.usefixtures("travelling_state")
 def test_state_travels_with_its_block() -> None:
     """The moments in the buffer are those of the optimizer, and change there."""
     engine = build_engine(NUM_BLOCKS)
@@ -243,6 +253,25 @@ def test_state_travels_with_its_block() -> None:
     train(engine, range(1, 2))
     assert not any(moment.equal(old) for moment, old in zip(moments, before, strict=True))
     assert {moment.untyped_storage().data_ptr() for moment in moments} == buffers
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.usefixtures("spoiled")
+def test_a_small_state_stays_on_the_device(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """With a limit between those of the blocks, as Adafactor has with SDXL."""
+    plain, offloaded = build_engine(0, device), build_engine(NUM_BLOCKS, device)
+    sizes = [2 * 2 * size.trained for size in measure_blocks(offloaded.model.unet)]
+    monkeypatch.setattr(block_offload, "MIN_TRAVELLING_BYTES", sorted(sizes)[NUM_BLOCKS // 2])
+    assert train(offloaded) == train(plain)
+    assert_equal(offloaded, plain)
+    offload: Any = offloaded._offload
+    state = offloaded._engine.basic_optimizer.state
+    num_travelling = len(offload._states)
+    assert 0 < num_travelling < NUM_BLOCKS
+    for block in list_repeated_blocks(offloaded.model.unet):
+        moments = [value for weight in block.parameters() for value in state[weight].values() if torch.is_tensor(value)]
+        large = [moment for moment in moments if moment.numel() >= block_offload.MIN_TRAVELLING_VALUES]
+        assert all(moment.device.type == ("cpu" if block in offload._states else device) for moment in large)
 
 
 @NEEDS_GPU

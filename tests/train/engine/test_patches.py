@@ -9,6 +9,7 @@ from importlib.metadata import version
 
 import pytest
 import torch
+from deepspeed.accelerator import cuda_accelerator
 from deepspeed.comm.torch import TorchBackend
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -56,6 +57,23 @@ def test_operators_are_probed_through_the_module_attribute():
     assert "deepspeed.ops.__compatible_ops__.get" in get_source(build_shm_op)
     if not torch.cuda.is_available():
         assert ops.__compatible_ops__ == {} and build_shm_op() is None  # pyright: ignore
+
+
+def test_deepspeed_binds_a_device_by_the_rule_of_init_ranks():
+    source = get_source(TorchBackend.init_process_group)
+    assert "known_world_size(world_size) != 1" in source
+    assert 'version.parse("2.6.0") < version.parse(torch.__version__) < version.parse("2.7.1")' in source
+
+
+@pytest.mark.parametrize(("visible", "is_used"), [("GPU-5ebe,MIG-41b3", False), ("1, 0", True), ("", True)])
+def test_nvml_is_asked_only_if_gpus_are_named_by_numbers(monkeypatch, visible: str, is_used: bool):
+    assert 'map(int, os.environ.get("CUDA_VISIBLE_DEVICES"' in get_source(cuda_accelerator.CUDA_Accelerator)
+    assert "if pynvml:" in get_source(cuda_accelerator.CUDA_Accelerator.available_memory)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    nvml = object()
+    monkeypatch.setattr(cuda_accelerator, "pynvml", nvml)
+    patches.ignore_nvml()
+    assert cuda_accelerator.pynvml is (nvml if is_used else None)
 
 
 def test_muon_kernels_are_decorated_by_the_patched_function_and_still_compute():

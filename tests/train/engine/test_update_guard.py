@@ -76,6 +76,24 @@ def test_an_update_waits_for_a_save(monkeypatch) -> None:
     assert completed == 0 and order == ["saved", "updated"] and guard.completed_steps == 1
 
 
+def test_a_thread_that_saves_chooses_the_device_of_its_rank(monkeypatch) -> None:
+    """PyTorch's choice of a device holds for one thread; another one would use the memory of the first GPU."""
+    chosen, guard = [], UpdateGuard(torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: chosen.append((threading.get_ident(), device)))
+    with guard.hold(0.0):
+        assert chosen == []
+    guard.mark._device = torch.device("cuda", 1)
+
+    def save() -> None:
+        with guard.hold(0.0) as completed:
+            assert completed == 0
+
+    thread = threading.Thread(target=save)
+    thread.start()
+    thread.join(20)
+    assert chosen == [(thread.ident, torch.device("cuda", 1))]
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, whose default stream it blocks")
 def test_a_copy_beside_a_blocked_default_stream() -> None:
     """As while a collective hangs: work that was started after the update blocks the default stream."""

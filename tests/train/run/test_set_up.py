@@ -1,4 +1,4 @@
-"""TF32 is off unless the settings allow it, whatever PyTorch's defaults are."""
+"""Flags of a training process: TF32 as the settings say, and NCCL does not end it before its state is saved."""
 
 from pathlib import Path
 
@@ -6,13 +6,19 @@ import pytest
 from programs import run_program
 
 PROGRAM = """
-import sys
+import os, sys
 from pathlib import Path
 import torch
+from torch.distributed import init_process_group
 from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.train.run.job import set_up
 
+def join(*arguments, **named):
+    print("errors of NCCL", os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"])
+    return init_process_group(*arguments, **named)
+
 if __name__ == "__main__":
+    torch.distributed.init_process_group = join
     torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
     set_up(*load_config(Path(sys.argv[1]), sys.argv[2:]))
     print("flags", torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32)
@@ -27,3 +33,4 @@ def test_training_uses_tf32_only_where_the_settings_allow_it(
     words = [cached_folder / "tiny.yaml", f"run.dir={tmp_path}", f"engine.tf32={allowed}"]
     printed = run_program(tmp_path / "program.py", *words)
     assert f"flags {allowed} {allowed}" in printed
+    assert "errors of NCCL 0\n" in printed, "the process would end when the connection of another rank is closed"
