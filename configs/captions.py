@@ -64,7 +64,7 @@ class CaptionConfig(Section):
     separator: str = Field(",", min_length=1)
     """Separator between tags in captions. Captions that were split into tags are joined again with `, `. Set `"，"` or
     `"、"` for captions with these marks: with another separator `keep_tokens`, `token_warmup_steps`, `shuffle` and
-    `tag_dropout_rate` leave them as they are, and a warning says so."""
+    `tag_dropout_rate` leave them as they are, and a warning names this."""
     secondary_separator: str = ""
     """Mark, such as `;;;`, between tags that stay together during shuffling and dropout. It becomes the separator
     afterwards."""

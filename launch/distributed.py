@@ -30,7 +30,7 @@ CHECKED_KEY = "rank 0 has checked settings and data"  # its value: empty, or the
 ANNOUNCE_SECONDS = 20.0  # that a failed rank 0 waits until the other ranks have read its exit status
 HEARD_KEY = "ranks that know that rank 0 has failed"  # a count
 # A collective ends this much later than `engine.timeout_minutes`. NCCL then ends the process without an exception,
-# unless it is told not to, so the watchdog of training must have saved by then.
+# unless a variable forbids that, so the watchdog of training must have saved by then.
 COLLECTIVE_MARGIN = timedelta(minutes=10)
 
 _joined = False  # whether this process has ever joined the process group

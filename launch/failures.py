@@ -54,7 +54,7 @@ def explain_failure(error: BaseException) -> str | None:
     if type(error).__name__ in ("OutOfMemoryError", "AcceleratorError") and "out of memory" in str(error):
         return f"the GPU has too little memory: {text}; {CURE_GPU}; {CONTINUE}"
     if isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_RANK):
-        return f"another rank has ended, and this one cannot go on alone: {text}; {CURE_LOST_RANK}"
+        return f"another rank has ended, and this one cannot continue alone: {text}; {CURE_LOST_RANK}"
     memory = isinstance(error, MemoryError) or "can't allocate memory" in text or "Cannot allocate memory" in text
     if memory or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
         return f"the machine has too little memory: {text or 'no memory left'}; {CURE_MEMORY}; {CONTINUE}"

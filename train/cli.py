@@ -50,7 +50,7 @@ PROGRAMS = {
     "adopt": Program("list latents that another program has cached", "cache.sh", ("--adopt",)),
     "cache": Program("encode images into latents, once", "cache.sh"),
     "train": Program("train, or resume", "train.sh"),
-    "watch": Program("show runs in your browser while they go on", "watch.sh"),
+    "watch": Program("show runs in your browser while they train", "watch.sh"),
     "report": Program("write the report of a run as one page", "sdxl_trainer.train.report"),
     "validate": Program("validate a model file on the validation set of a run", "sdxl_trainer.train.validate"),
     "compare": Program("compare runs: which setting helps, by how much", "sdxl_trainer.train.compare"),

@@ -66,7 +66,10 @@ def check_batch_sizes(train: TrainConfig, world_size: int) -> Iterator[Problem]:
         )
         cure = f"set it to a multiple of {divisor}"
         if micro := find_micro_batch(train, world_size):
-            cure = f"set train.micro_batch_size: {micro}, which keeps this batch; or set it to a multiple of {divisor}"
+            cure = (
+                f"set train.micro_batch_size: {micro}, which keeps this batch; or set the global batch to a multiple "
+                f"of {divisor}"
+            )
         yield Problem("train.global_batch_size", train.global_batch_size, rule, cure)
 
 

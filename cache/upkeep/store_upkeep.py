@@ -69,7 +69,7 @@ def find_fault(folder: Path, file: str, item: StoredObject | None) -> str | None
         known = orjson.loads(content)
         size, checksum = int(known["bytes"]), str(known["checksum"])
     except (OSError, ValueError, TypeError, KeyError):
-        return None  # written by a copy of a cache; the sizes of its samples tell
+        return None  # written by a copy of a cache; the sizes of its samples show it
     if item.size != size:
         return f"has {item.size} bytes instead of {size}"
     if checksum and item.checksum and item.checksum != checksum:

@@ -184,12 +184,8 @@ class _Visitor(ast.NodeVisitor):
             self._keep([Field("count", ","), " ", *parts])
 
     def _add_logged(self, node: ast.Constant, arguments: Sequence[ast.expr]) -> None:
-        """Add a message of loguru, whose fields are filled in by position."""
-        if not isinstance(node.value, str):
-            return
-        names = iter([name_field(argument) for argument in arguments])
-        parts = split_placeholders(node.value)
-        self._keep([Field(next(names, part.name), part.spec) if isinstance(part, Field) else part for part in parts])
+        if isinstance(node.value, str):
+            self._keep(split_logged(node.value, arguments))
 
     def _keep(self, parts: Sequence[Part], is_label: bool = False) -> None:
         text = format_template(number_fields(merge_parts(parts)))
@@ -263,6 +259,13 @@ def split_placeholders(text: str) -> list[Part]:
         parts += [literal] if literal else []
         parts += [Field(name if name.isidentifier() else "value", spec or "")] if name is not None else []
     return parts
+
+
+def split_logged(text: str, arguments: Sequence[ast.expr]) -> list[Part]:
+    """Return the parts of a message of loguru, whose places are filled in by the arguments behind it."""
+    names = iter([name_field(argument) for argument in arguments])
+    parts = split_placeholders(text)
+    return [Field(next(names, part.name), part.spec) if isinstance(part, Field) else part for part in parts]
 
 
 def _combine(choices: list[list[list[Part]]]) -> list[list[Part]]:

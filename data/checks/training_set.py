@@ -165,7 +165,10 @@ def warn_about_unflipped(num_unflipped: int, num_samples: int) -> None:
     """Log how many samples are never flipped, if other samples are."""
     if 0 < num_unflipped < num_samples:
         logger.warning(
-            "{} of {} samples have no latents of the mirrored image and are never flipped", num_unflipped, num_samples
+            "{} of {} samples have no latents of the mirrored image and are never flipped; bash launch/cache.sh with "
+            "cache.flip: true adds them",
+            num_unflipped,
+            num_samples,
         )
 
 

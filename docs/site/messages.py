@@ -1,4 +1,4 @@
-"""Generate docs/MESSAGES.md and its translations: every problem that settings and data can have, from the sources.
+"""Generate docs/MESSAGES.md and its translations from the sources: problems of settings and data, failures, warnings.
 
 python docs/site/messages.py --language en > docs/MESSAGES.md
 python docs/site/messages.py --language zh > docs/zh/MESSAGES.md
@@ -14,7 +14,7 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from sdxl_trainer.configs.language.catalogue import read_catalogue
-from sdxl_trainer.configs.language.messages import FOLDERS, expand, is_text, merge_parts, number_fields
+from sdxl_trainer.configs.language.messages import FOLDERS, expand, is_text, merge_parts, number_fields, split_logged
 from sdxl_trainer.configs.language.templates import Field, format_template, parse_template
 from sdxl_trainer.configs.language.translate import CATALOGUES
 from sdxl_trainer.configs.load import iterate_sections
@@ -26,17 +26,25 @@ PARAMETERS = ("key", "value", "rule", "cure")
 INTRODUCTION = {
     "en": """# Messages
 
-This page lists every problem that the programs report about settings, files and data, with its cure. Search it for a
-part of your message; `…` stands for a value. Each of them ends a program with status 2 before a network is loaded.
-Messages of a running job (status 1) are in [TROUBLESHOOTING.md](TROUBLESHOOTING.md), which begins with symptoms.
+Search this page for a few words of your message that hold no value of yours: `…` stands for a value. It lists
+
+- problems of settings, files and data, with their cures. Each ends a program with status 2 before a network is loaded.
+- [failures](#failures-of-a-running-program) of a running program, which ends with status 1.
+- [warnings and errors](#warnings-and-errors-in-the-log) in the log, after which a program continues.
+
+[TROUBLESHOOTING.md](TROUBLESHOOTING.md) begins with symptoms, and says more about the most frequent ones.
 
 The page is generated from the sources: `python docs/site/messages.py --language en > docs/MESSAGES.md`.
 """,
     "zh": """# 消息
 
-本页列出程序就配置、文件和数据报告的每一个问题及其解决办法。请用您所见消息中的一段文字在本页搜索；`…` 代表具体的值。
-出现其中任何一个问题时，程序都在加载网络之前以状态 2 结束。运行中的任务的消息（状态 1）见
-[TROUBLESHOOTING.md](TROUBLESHOOTING.md)，该页从症状出发。
+请用您所见消息中不含具体值的几个词在本页搜索：`…` 代表具体的值。本页列出
+
+- 配置、文件和数据的每一个问题及其解决办法。出现其中任何一个时，程序都在加载网络之前以状态 2 结束。
+- 运行中程序的[失败](#运行中程序的失败)，程序以状态 1 结束。
+- 日志中的[警告和错误](#日志中的警告和错误)，程序随后继续。
+
+[TROUBLESHOOTING.md](TROUBLESHOOTING.md) 从症状出发，详述最常见的消息。
 
 本页由源代码生成：`python docs/site/messages.py --language zh > docs/zh/MESSAGES.md`。
 """,
@@ -44,6 +52,17 @@ The page is generated from the sources: `python docs/site/messages.py --language
 HEADINGS = {
     "en": ("Arguments, memory and other keys", "key", "rule", "cure"),
     "zh": ("参数、内存与其他", "键", "规则", "解决办法"),
+}
+FAILURES = ("FailedError", "StuckRanksError", "TooManyBadError", "StoreError")
+LEVELS = ("warning", "error")  # functions of the logger
+MESSAGE_HEADINGS = {
+    "en": ("Failures of a running program", "Warnings and errors in the log", "program", "message"),
+    "zh": ("运行中程序的失败", "日志中的警告和错误", "程序", "消息"),
+}
+# First folder of a source → the programs that run it; "" for all others.
+PROGRAMS = {
+    "en": {"cache": "cache job", "train": "training and its tools", "": "all"},
+    "zh": {"cache": "缓存任务", "train": "训练及其工具", "": "全部"},
 }
 
 
@@ -90,6 +109,41 @@ def _extract_rows(tree: ast.Module) -> Iterator[Row]:
         if isinstance(node, ast.ClassDef) and node.name in SECTIONS:
             for rule in (part for part in node.body if isinstance(part, ast.FunctionDef)):
                 yield from _build_validator_rows(rule, SECTIONS[node.name])
+
+
+@dataclass(frozen=True, order=True)
+class Message:
+    """A message of a running program: first folder of its source, and template."""
+
+    folder: str
+    text: str
+
+
+def list_messages(root: Path, failures: bool) -> list[Message]:
+    """Return the failures, or the warnings and errors of the log, of all sources."""
+    found: set[Message] = set()
+    for folder in FOLDERS:
+        for path in sorted((root / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Call) and node.args:
+                    texts = _list_failures(node) if failures else _list_logged(node)
+                    found.update(Message(folder, text) for text in texts if text)
+    return sorted(found)
+
+
+def _list_failures(call: ast.Call) -> list[str]:
+    is_failure = isinstance(call.func, ast.Name) and call.func.id in FAILURES
+    return _list_templates(call.args[0]) if is_failure else []
+
+
+def _list_logged(call: ast.Call) -> list[str]:
+    function, text = call.func, call.args[0]
+    is_of_logger = isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name)
+    if not (is_of_logger and function.value.id == "logger" and function.attr in LEVELS):
+        return []
+    if isinstance(text, ast.Constant) and isinstance(text.value, str):
+        return [format_template(number_fields(merge_parts(split_logged(text.value, call.args[1:]))))]
+    return _list_templates(text)
 
 
 def _build_validator_rows(function: ast.FunctionDef, section: str) -> Iterator[Row]:
@@ -167,6 +221,14 @@ def build_page(language: str = "en") -> str:
                 rule, _, cure = rule.replace("；", "; ").partition("; ")
             key = _fill_gaps(row.key)
             lines.append(_format_cells([key if GAP in key else f"`{key}`", rule, cure]))
+    *titles, program, message = MESSAGE_HEADINGS[language]
+    for title, failures in zip(titles, (True, False), strict=True):
+        lines += [f"\n## {title}\n", _format_cells([program, message]), _format_cells(["---"] * 2)]
+        names = PROGRAMS[language]
+        for row in list_messages(ROOT, failures):
+            text = _fill_gaps(known.get(row.text) or row.text)
+            if text.strip(f"{GAP} :;,."):
+                lines.append(_format_cells([names.get(row.folder, names[""]), text]))
     return "\n".join(lines).rstrip("\n") + "\n"
 
 

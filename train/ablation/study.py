@@ -101,7 +101,7 @@ def finish(plan: Plan, training: Training) -> None:
     if training.failed:
         names = ", ".join(folder.name for folder in training.failed)
         raise FailedError(
-            f"{format_count(len(training.failed), 'run')} failed: {names}\ncure: the same command goes on"
+            f"{format_count(len(training.failed), 'run')} failed: {names}\ncure: the same command continues"
         )
 
 

@@ -77,7 +77,7 @@ def name_option(problems: Iterable[Problem], option: str, model: str) -> list[Pr
 
 @contextmanager
 def explain_removal(checkpoint: Path | None) -> Iterator[None]:
-    """Name the cause if a checkpoint vanishes while it is read, because its run goes on.
+    """Name the cause if a checkpoint vanishes while it is read, because its run continues.
 
     Raises:
         FailedError: an error came, and the checkpoint is not there any more.
@@ -88,7 +88,7 @@ def explain_removal(checkpoint: Path | None) -> Iterator[None]:
         if checkpoint is None or (checkpoint / MANIFEST).is_file():
             raise
         raise FailedError(
-            f"{checkpoint} was removed while it was read, because its run goes on and keeps its newest checkpoints; "
+            f"{checkpoint} was removed while it was read, because its run continues and keeps its newest checkpoints; "
             "run the same command again"
         ) from error
 

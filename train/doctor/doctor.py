@@ -187,7 +187,7 @@ def collect_warnings() -> Iterator[list[str]]:
 
 
 def list_shapes(config: Config) -> list[torch.Size]:
-    """List the shapes of the weights that these settings train; none if the settings or the model do not tell."""
+    """List the shapes of the weights that these settings train; none if settings or model do not decide them."""
     from sdxl_trainer.train.run.networks import list_trained_shapes
 
     try:

@@ -152,7 +152,7 @@ def describe_prediction(declared: DeclaredPrediction | None) -> Iterator[str]:
         return
     if declared.prediction == "v":
         snr = ", with zero terminal SNR" if declared.zero_terminal_snr else ""
-        yield f"It predicts v{snr}. The file says so, and ComfyUI reads that."
+        yield f"It predicts v{snr}. The file declares this, which ComfyUI reads."
     else:
         yield f"It is a rectified flow with shift {declared.timestep_shift:g}: use *ModelSamplingSD3* with that shift."
 

@@ -27,7 +27,7 @@ def use_threads(num: int) -> None:
     """Let OpenMP regions that this thread starts run on `num` threads, in PyTorch and in compiled optimizers.
 
     PyTorch's packages bring an OpenMP library of their own, and an extension that is compiled here uses the system's.
-    So each one that is loaded is told.
+    So the number is set in each library that is loaded.
     """
     torch.set_num_threads(num)
     for path in set(OPENMP_LIBRARY.findall(Path("/proc/self/maps").read_text(encoding="utf-8"))):

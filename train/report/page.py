@@ -235,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = TranslatedParser(
         prog="python -m sdxl_trainer.train.report",
         description="Write the report of a run, finished or not: report/report.html in its folder, one page with "
-        "charts, settings and generated images. A run does so by itself while it goes on.",
+        "charts, settings and generated images. A run does so by itself while it trains.",
         examples=["%(prog)s runs/my"],
     )
     parser.add_argument("folder", type=parse_path, metavar="RUN_FOLDER", help="a run's folder, such as runs/quickstart")

@@ -78,7 +78,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
 
 
 def check_latent_vae(config: Config, index: Index | None, vae: CacheVae) -> Iterator[Problem]:
-    """Yield a problem if the latents of a set are not of the VAE of the settings, as far as they tell."""
+    """Yield a problem if the latents of a set are not of the VAE of the settings, as far as the files show it."""
     folder = get_cache_folder(config)
     other = list(check_cache_vae(folder, config.model, vae))
     yield from other

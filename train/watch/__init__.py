@@ -1,1 +1,1 @@
-"""The page that shows runs while they go on; its server only reads files. The report page belongs in report/."""
+"""The page that shows runs while they train; its server only reads files. The report page belongs in report/."""

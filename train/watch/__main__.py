@@ -1,4 +1,4 @@
-"""Show runs in a browser while they go on: `python -m sdxl_trainer.train.watch [RUNS]`."""
+"""Show runs in a browser while they train: `python -m sdxl_trainer.train.watch [RUNS]`."""
 
 import sys
 

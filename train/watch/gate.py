@@ -2,7 +2,7 @@
 
 Any website that is open in the same browser can send requests to this server, and one can even give its own name this
 machine's address (DNS rebinding). So every request must name a host of this server, and come from a page of it. Other
-users of this machine can reach a loopback address, too: the system tells whose connection it is.
+users of this machine can reach a loopback address, too: the system reports whose connection it is.
 """
 
 import ipaddress

@@ -24,7 +24,7 @@ def build_parser() -> TranslatedParser:
     """Build the parser of the program's arguments."""
     parser = TranslatedParser(
         prog="bash launch/watch.sh",
-        description="Show all runs of a folder in your browser, while they go on and afterwards: progress, charts, "
+        description="Show all runs of a folder in your browser, while they train and afterwards: progress, charts, "
         "generated images, settings and warnings. It only reads a run's files; its buttons add a request file to the "
         "run folder.",
         examples=["%(prog)s", "%(prog)s /data/runs --port 9000"],
@@ -128,7 +128,7 @@ def describe_address(runs: Path, address: str, port: int, token: str | None) -> 
     is_any = ipaddress.ip_address(address).is_unspecified
     host = socket.gethostname() if is_any else f"[{address}]" if ":" in address else address
     page = f"http://{host}:{port}/" + (f"?token={token}" if token else "")
-    lines = [f"watching {runs}", f"open {page}    (Ctrl-C ends the page; runs go on)"]
+    lines = [f"watching {runs}", f"open {page}    (Ctrl-C ends the page; runs continue)"]
     if token:
         lines.append("whoever has this address can see and stop your runs; the connection is not encrypted")
     elif "SSH_CONNECTION" in os.environ:

@@ -69,7 +69,7 @@ class RunReader:
             self._versions.pop(name, None)
 
     def summarize(self) -> dict[str, Any]:
-        """Return state and progress for JSON. A run that does not go on is read again only if a file has changed."""
+        """Return state and progress for JSON. A run that is not running is read again only if a file has changed."""
         versions = [describe_file(path) for path in self._watched]
         if self._summary.get("state", RUNNING) == RUNNING or self._versions.get("summary") != versions:
             self._summary, self._versions["summary"] = self._build_summary(), versions

@@ -122,7 +122,7 @@ class Views:
         if reader is None or name not in REQUESTS:
             return _say("no such run or request", 404)
         if name not in reader.summarize()["accepts"]:
-            return _say("this run does not go on, is still starting, or has no prompts", 409)
+            return _say("this run is not running, is still starting, or has no prompts", 409)
         try:
             # A file that a link names is not touched.
             os.close(os.open(reader.folder / name, os.O_CREAT | os.O_WRONLY | os.O_NOFOLLOW, 0o644))

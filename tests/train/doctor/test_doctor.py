@@ -192,7 +192,7 @@ def test_settings_and_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     config, _ = build_config(raw, ["train.global_batch_size=4", "train.micro_batch_size=4"])
     wrong = {finding.name: finding for finding in examine_settings(config, world_size=2) if not finding.is_ok}
     assert set(wrong) == {"train.global_batch_size"}
-    micro = "set train.micro_batch_size: 2, which keeps this batch; or set it to a multiple of 8"
+    micro = "set train.micro_batch_size: 2, which keeps this batch; or set the global batch to a multiple of 8"
     assert wrong["train.global_batch_size"].cure == micro
     config, _ = build_config(raw, [f"cache.dir={tmp_path / 'latents'}", "data.source_weights=[2.5]"])
     assert [*examine_settings(config, world_size=1)][-1].detail == (
