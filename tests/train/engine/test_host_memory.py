@@ -1,14 +1,17 @@
 """Host memory of checkpoint copies: reused, and page-locked once where tensors come from a GPU."""
 
+import itertools
 import mmap
+import re
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
 from loguru import logger
 
 from sdxl_trainer.train.engine import host_memory
-from sdxl_trainer.train.engine.host_memory import REGISTERED_BYTES, HostMemory
+from sdxl_trainer.train.engine.host_memory import REGISTERED_BYTES, HostMemory, allocate_pages
 from sdxl_trainer.train.engine.snapshot import copy_to_host
 
 
@@ -61,6 +64,24 @@ def test_no_two_tensors_share_a_locked_page(runtime):
     assert all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors), "a part of a page may be shared"
     assert allocate(HostMemory(), (REGISTERED_BYTES // 4 - 1,)) and runtime.calls["register"] == 3  # too small
     assert HostMemory().copy(torch.zeros(REGISTERED_BYTES)).sum() == 0 and runtime.calls["register"] == 3  # no GPU's
+
+
+def test_locked_memory_has_huge_pages():
+    """Touching small pages would take half a second a GB at the first checkpoint."""
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no huge pages")
+    held = allocate_pages(torch.empty(4 << 20, dtype=torch.uint8, device="meta"))
+    held.fill_(1)
+    maps = Path("/proc/self/smaps").read_text().split("VmFlags:")
+    (own,) = (part for part, flags in itertools.pairwise(maps) if holds(part, held.data_ptr()))
+    flags = maps[maps.index(own) + 1].splitlines()[0].split()
+    assert "hg" in flags and "sh" not in flags
+
+
+def holds(part: str, address: int) -> bool:
+    """Return whether a part of smaps, up to its flags, is of the mapping at an address."""
+    ranges = re.findall(r"^([0-9a-f]+)-([0-9a-f]+) ", part, re.MULTILINE)
+    return any(int(start, 16) <= address < int(end, 16) for start, end in ranges)
 
 
 def test_memory_that_cannot_be_locked_is_tried_once(runtime):
