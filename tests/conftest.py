@@ -46,13 +46,15 @@ def rank_server(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def same_arithmetic() -> Iterator[None]:
-    """Every test begins with one thread and PyTorch's own linear layers, so that it rounds as a new process does.
+def same_process() -> Iterator[None]:
+    """Every test begins with one thread, PyTorch's own linear layers and no listener of signals, as a new process does.
 
     Moving averages in host memory change the number of threads, and DeepSpeed's ZeRO-3 replaces the function, for the
-    whole process.
+    whole process. A run that a test builds without ending it listens to signals.
     """
     yield
+    if signals := sys.modules.get("sdxl_trainer.launch.signals"):
+        signals.LISTENER.clear()
     if torch := sys.modules.get("torch"):
         torch.set_num_threads(1)
         torch.nn.functional.linear = torch._C._nn.linear

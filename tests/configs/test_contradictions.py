@@ -122,7 +122,11 @@ def test_consistent_settings_have_no_problems(settings: Path) -> None:
             "objective.contrastive_weight",
             "set train.micro_batch_size to 2 or more",
         ),
-        ("train.global_batch_size=3 train.micro_batch_size=2", "train.global_batch_size", "set it to a multiple of 2"),
+        (
+            "train.global_batch_size=3 train.micro_batch_size=2",
+            "train.global_batch_size",
+            "set the global batch to a multiple of 2",
+        ),
     ],
 )
 def test_a_contradiction_ends_with_status_2(

@@ -40,7 +40,8 @@ def examples(monkeypatch: pytest.MonkeyPatch) -> Config:
     for block in re.findall(r"```yaml\n(.*?)```", PAGE, re.DOTALL):
         for section, settings in yaml.safe_load(block).items():
             raw[section] |= settings
-    config, problems = build_config(raw, ["engine.zero_stage=0"])
+    assert (loss := "docs/examples/own_formulas.py:log_cosh") in PAGE
+    config, problems = build_config(raw, ["engine.zero_stage=0", f"objective.loss={loss}"])
     assert problems == []
     return config
 
