@@ -27,7 +27,7 @@ def measure_variants(place: Place, case: Case) -> None:
     case.note(default=step.measure())
     case.note(profile=profile_step(place, step))
     variants: dict[str, AbstractContextManager[None]] = {
-        f"attention_{name}": use_attention(name) for name in ("sdpa", *BACKENDS) if name != "math"
+        f"attention_{name}": use_attention(name) for name in BACKENDS if name != "math"
     }
     variants["cudnn_benchmark"] = search_convolutions(True, num_sizes=1)
     variants["cudnn_attention_and_benchmark"] = prefer_attention_and_benchmark()
@@ -58,7 +58,7 @@ def profile_step(place: Place, step: RealStep) -> dict[str, Any]:
     for event in profiler.key_averages():
         if not place.is_cuda:
             rows.append((event.self_cpu_time_total / 1e3, event.count, event.key))
-        elif event.device_type == torch.autograd.DeviceType.CUDA:
+        elif event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
             rows.append((event.self_device_time_total / 1e3, event.count, event.key))
     rows.sort(reverse=True)
     return {

@@ -130,6 +130,10 @@ class Parcel:
                     stream.keep_until_copied(tensor.data)
         self.leave()
 
+    def list_homes(self) -> dict[int, torch.Tensor]:
+        """Return the values on the host by the tensors' `id`."""
+        return {id(tensor): home for tensor, home in zip(self._tensors, self._homes, strict=True)}
+
     def _list_places(self, buffer: torch.Tensor) -> list[torch.Tensor]:
         """List the tensors' places in a buffer of bytes."""
         return [
@@ -172,6 +176,10 @@ class BlockOffload:
                 block.register_forward_pre_hook(self._visit)
         unet.register_forward_pre_hook(self._begin_forward)
         unet.register_forward_hook(self._end_forward)
+
+    def list_homes(self) -> dict[int, torch.Tensor]:
+        """Return the values on the host of all offloaded weights by the weights' `id`; outdated in backward passes."""
+        return {key: home for parcel in self._weights.values() for key, home in parcel.list_homes().items()}
 
     def end_backward(self) -> None:
         """Bring all blocks home after a backward pass, and wait until their values are there."""

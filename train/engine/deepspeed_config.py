@@ -71,6 +71,8 @@ def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     elif engine.attention == "xformers" and importlib.util.find_spec("xformers") is None:
         yield Problem("engine.attention", "xformers", "is not installed", "set it to sdpa, or pip install xformers")
     yield from check_precision(engine)
+    if torch.cuda.is_available() and importlib.util.find_spec("triton") is not None:
+        yield from check_triton(engine, optim)
     if engine.compile != "none" and find_c_compiler() is None:
         rule = "needs a C compiler, with which PyTorch builds what it compiles"
         cure = "install one (apt-get install g++), name yours in the environment variable CXX, or set it to none"
@@ -83,6 +85,20 @@ def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     elif engine.zero_stage == 0 and not CAN_SUM_IN_FP32:
         rule = f"is impossible in {engine.precision} under ZeRO 0 with PyTorch {torch.__version__}"
         yield Problem("engine.accumulation_dtype", "fp32", rule, "install torch 2.10 or later, or set it to auto")
+
+
+def check_triton(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
+    """Yield a problem for each setting whose kernels Triton starts, if there is no C compiler, which it needs for that.
+
+    Without it, the first update would fail. optimi's optimizers use Triton on GPUs by themselves.
+    """
+    is_stochastic = engine.precision == "bf16_stochastic"
+    of_optimi = optim.name in ("lion", "stable_adamw") or (engine.precision, optim.name) == ("bf16_kahan", "adamw")
+    if (is_stochastic or of_optimi or optim.name == "muon") and find_c_compiler() is None:
+        key, value = ("engine.precision", engine.precision) if is_stochastic else ("optim.name", optim.name)
+        rule = "needs a C compiler on a GPU, with which Triton builds what starts its kernels"
+        cure = "install one (apt-get install g++ python3-dev), or name yours in the environment variable CC"
+        yield Problem(key, value, rule, cure)
 
 
 def find_c_compiler() -> str | None:

@@ -200,7 +200,9 @@ def _offload_blocks(engine: Any, config: EngineConfig) -> BlockOffload:
     unet = engine.module.unet
     blocks = choose_offloaded_blocks(unet, config.offload_blocks)
     if isinstance(engine, ReleasingEngine):
-        return BlockOffload(unet, blocks, engine.device, engine.optimizer, engine.finish_updates)
+        offload = BlockOffload(unet, blocks, engine.device, engine.optimizer, engine.finish_updates)
+        engine.list_homes = offload.list_homes
+        return offload
     return BlockOffload(unet, blocks, engine.device, None)
 
 

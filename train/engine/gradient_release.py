@@ -59,6 +59,7 @@ class ReleasingEngine:
         self.optimizer = self.basic_optimizer = optimizer
         self.global_rank, _, self.world_size = read_environment()
         self.global_steps = self.global_samples = self.skipped_steps = 0
+        self.list_homes: Callable[[], Mapping[int, torch.Tensor]] | None = None  # of weights in host memory, by `id`
         self._max_norm = max_norm
         self._updates = SingleUpdates(optimizer)
         self._waiting: list[torch.nn.Parameter] = []  # have a gradient of this rank
@@ -164,8 +165,14 @@ class ReleasingEngine:
         """Return this rank's files of a checkpoint, as DeepSpeed without ZeRO writes them: path → copied content."""
         if self.global_rank and not with_module:
             return {}
-        frozen = {name for name, weight in self.module.named_parameters() if not weight.requires_grad}
-        state = {name: value for name, value in self.module.state_dict().items() if name not in frozen}
+        weights = dict(self.module.named_parameters())
+        # A thread may save while a forward pass runs, before a visiting block's copy to the device is made.
+        homes = {} if self.list_homes is None else self.list_homes()
+        state = {
+            name: homes.get(id(weights[name]), value) if name in weights else value
+            for name, value in self.module.state_dict().items()
+            if name not in weights or weights[name].requires_grad
+        }
         content = {
             "module": state,
             "optimizer": self.optimizer.state_dict(),

@@ -1,6 +1,7 @@
 """Host memory that checkpoints are copied into: allocated once, and page-locked for copies from a GPU."""
 
 import mmap
+import weakref
 from contextlib import suppress
 from typing import Any
 
@@ -21,6 +22,8 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._tensors: list[torch.Tensor] = []
+        # Before the pages are given back: memory that gets their addresses later could not be locked.
+        weakref.finalize(self, _unlock_all, self._tensors).atexit = False
         self._next = 0
         self._locks_pages = torch.cuda.is_available()
 
@@ -63,6 +66,7 @@ def allocate_pages(like: torch.Tensor) -> torch.Tensor:
     pages = mmap.mmap(-1, like.nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):  # a kernel without huge pages
         pages.madvise(mmap.MADV_HUGEPAGE)
+    pages.madvise(mmap.MADV_DONTFORK)  # a child process would get copies of locked pages
     return torch.frombuffer(pages, dtype=like.dtype).view(like.shape)
 
 
@@ -70,6 +74,11 @@ def unlock_pages(held: torch.Tensor) -> None:
     """Unlock the pages of a tensor before they are freed."""
     if torch.cuda.is_available() and held.is_pinned():
         _get_cuda_runtime().cudaHostUnregister(held.data_ptr())
+
+
+def _unlock_all(held: list[torch.Tensor]) -> None:
+    while held:
+        unlock_pages(held.pop())
 
 
 def _get_cuda_runtime() -> Any:

@@ -109,6 +109,7 @@ class Weights:
         self._mark_written()
         try:
             self._set_weights(self._open_parts(average))
+            self._finish_writing()
             yield
         finally:
             self.restore_replaced()
@@ -120,6 +121,12 @@ class Weights:
                 weight.copy_(replaced)
             self._replaced = []
             self._mark_written()
+            self._finish_writing()
+
+    def _finish_writing(self) -> None:
+        """Wait until the weights are written. ZeRO 3 gathers on a stream of its own, which does not wait for them."""
+        if self._zero_stage == 3 and torch.cuda.is_available():
+            torch.cuda.current_stream().synchronize()
 
     def release_gathered(self, alone: bool = False) -> None:
         """Free the whole weights that ZeRO-3 has gathered.

@@ -107,6 +107,7 @@ def estimate_memory(
         *list_optimizer(config, sizes, state, groups, limits.has_gpu),
         *list_activations(config, sizes),
         *list_generation(config, sizes, state),
+        *list_averages_in_use(config, sizes, state),
         *list_checkpoint_copy(config, sizes, state),
         list_process(limits.has_gpu),
     ]
@@ -139,7 +140,9 @@ def list_weights(config: Config, sizes: NetworkSizes, state: StateBytes, has_gpu
         yield MemoryLine(component="frozen weights", device=frozen - away.frozen * bytes_of_value)
         yield MemoryLine(component="offloaded blocks", host=(away.trained + away.frozen) * bytes_of_value)
         visiting = (away.visiting_trained + away.visiting_frozen) * bytes_of_value
-        yield MemoryLine(component="visiting blocks", device=visiting, phases=(*PASSES, "image generation"))
+        yield MemoryLine(
+            component="visiting blocks", device=visiting, phases=(*PASSES, "validation", "image generation")
+        )
     # With cached text the encoders are loaded for prompts alone, and freed before images are generated.
     phases: tuple[Phase, ...] = ("encoding of prompts",)
     if not config.cache.text:
@@ -265,16 +268,31 @@ def list_activations(config: Config, sizes: NetworkSizes) -> Iterator[MemoryLine
 
 
 def list_generation(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:
-    """Yield the lines of image generation: the VAE, its or the U-Net's activations, and the weights put aside."""
+    """Yield the lines of image generation: the VAE, and its or the U-Net's activations."""
     if not sizes.generation:
         return
     phases: tuple[Phase, ...] = ("image generation",)
     during: tuple[Phase, ...] = ("encoding of prompts", "image generation")
     yield MemoryLine(component="VAE in fp32", device=sizes.vae * FP32_BYTES, phases=during)
     yield MemoryLine(component="activations of an image", device=sizes.generation, phases=phases)
-    if (config.ema.sample and config.ema.num_averages) or has_own_average(config.optim):
+
+
+def list_averages_in_use(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:
+    """Yield the lines of validation, and of the weights put aside while an average takes their place.
+
+    Validation measures the weights and each average; images are generated with the first average.
+    """
+    phases: list[Phase] = []
+    if config.validation.share or config.validation.has_own_set:
+        working = config.train.micro_batch_size * sizes.activations["full"].recomputed
+        yield MemoryLine(component="activations of a block", device=working, phases=("validation",), grows=True)
+        if config.ema.num_averages or has_own_average(config.optim):
+            phases.append("validation")
+    if sizes.generation and ((config.ema.sample and config.ema.num_averages) or has_own_average(config.optim)):
+        phases.extend(("encoding of prompts", "image generation"))
+    if phases:
         kept = sizes.num_trained * state.weight / state.weight_shares
-        yield MemoryLine(component="weights while an average is used", device=kept, phases=during)
+        yield MemoryLine(component="weights while an average is used", device=kept, phases=tuple(phases))
 
 
 def list_checkpoint_copy(config: Config, sizes: NetworkSizes, state: StateBytes) -> Iterator[MemoryLine]:

@@ -10,7 +10,9 @@ from typing import Literal, get_args
 
 from sdxl_trainer.configs.problems import format_count
 
-Phase = Literal["forward pass", "backward pass", "weight update", "encoding of prompts", "image generation"]
+Phase = Literal[
+    "forward pass", "backward pass", "weight update", "validation", "encoding of prompts", "image generation"
+]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 # Share of a device's memory that an estimate must leave free: for kernels' workspaces and fragments of the allocator,
 # which are not counted.

@@ -43,6 +43,10 @@ from sdxl_trainer.train.run.run import Run
 from sdxl_trainer.train.run.status_writer import StatusWriter
 from sdxl_trainer.train.run.summary import show_end, show_start
 
+# NCCL would end a process whose peer is gone, or whose collective timed out, before its state is saved: at once by the
+# first variable, and minutes later by the second, which leaves a mark for restarted ranks too. The watchdog ends it.
+NCCL_VARIABLES = ("TORCH_NCCL_ASYNC_ERROR_HANDLING", "TORCH_NCCL_DUMP_ON_TIMEOUT")
+
 
 class AlreadyTrained(Exception):  # noqa: N818 (not an error)
     """The run has made all its steps, and its model is written."""
@@ -73,7 +77,10 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
     with lock_folder(config.run.folder, "run.name", "set another run.name") if rank == 0 else nullcontext():
         try:
             config, index, ranks = set_up(config, problems, dry_run)
-            run, batches = build_run(config, index, ranks, publish=not dry_run)
+            # A lost rank would keep the others in a collective of the engine's start.
+            limit_seconds = 60 * config.engine.timeout_minutes + COLLECTIVE_MARGIN.total_seconds()
+            with Watchdog(limit_seconds) if ranks.world_size > 1 else nullcontext():
+                run, batches = build_run(config, index, ranks, publish=not dry_run)
             show_start(run)
             wait_for_ranks("the networks and the newest checkpoint")
             if dry_run:
@@ -115,9 +122,8 @@ def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Se
         assert index is not None, "a run without problems has an index"
         warn_of_doubts(config, index)
         path = index.path
-    # NCCL would end this process as soon as another rank's connection is closed, before the state is saved. The
-    # watchdog ends it instead.
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    for name in NCCL_VARIABLES:
+        os.environ.setdefault(name, "0")
     ranks = init_ranks(config.engine.timeout_minutes)
     path, finished_step = broadcast_object((path, finished_step))
     if finished_step is not None:

@@ -1,12 +1,13 @@
 """Blocks that wait in host memory: losses and weights are equal to the bit to those of a run without."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sdxl_trainer.cache.models.source import ModelSource
 from sdxl_trainer.configs.engine import EngineConfig
@@ -118,6 +119,20 @@ def assert_equal(engine: Engine, other: Engine) -> None:
     values, others = read_values(engine), read_values(other)
     assert values.keys() == others.keys()
     assert [name for name in values if not values[name].equal(others[name])] == []
+
+
+@pytest.fixture(autouse=True)
+def deterministic(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On a GPU, choose kernels whose sums have one order, so that equal work gives equal bits."""
+    if not torch.cuda.is_available():
+        yield
+        return
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True)
+    with sdpa_kernel(SDPBackend.MATH):
+        yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture
@@ -253,6 +268,29 @@ def test_state_travels_with_its_block() -> None:
     train(engine, range(1, 2))
     assert not any(moment.equal(old) for moment, old in zip(moments, before, strict=True))
     assert {moment.untyped_storage().data_ptr() for moment in moments} == buffers
+
+
+def test_a_save_beside_a_forward_pass_reads_no_copy_that_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The emergency's stream does not wait for the copies of visiting blocks."""
+    engine, saved = build_engine(NUM_BLOCKS), []
+    train(engine, range(1))
+    expected = {name: engine.weights.gather(name).to(engine.dtype) for name in engine.weights.trained_names}
+    arrive = Parcel.arrive
+
+    def save_before_the_copy_is_made(parcel: Parcel) -> None:
+        arrive(parcel)
+        assert parcel._copy is not None
+        made = parcel._copy.clone()
+        parcel._copy.fill_(255)
+        saved.append(engine.capture_state(alone=True))
+        parcel._copy.copy_(made)
+
+    monkeypatch.setattr(Parcel, "arrive", save_before_the_copy_is_made)
+    engine(1)
+    assert len(saved) == NUM_BLOCKS
+    for files in saved:
+        (module,) = (content["module"] for content in files.values() if "module" in content)
+        assert [name for name, value in module.items() if not value.equal(expected[name])] == []
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.load import build_config
+from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.engine import deepspeed_config
 from sdxl_trainer.train.engine.deepspeed_config import (
     BatchSizes,
@@ -98,3 +100,25 @@ def test_communication_by_ranks() -> None:
     assert settings["zero_optimization"]["reduce_bucket_size"] == 7
     assert settings["zero_optimization"]["allgather_bucket_size"] == several["allgather_bucket_size"]
     assert describe_deepspeed_config(settings) == "ZeRO-2, reduce_bucket_size 7e+00, allgather_bucket_size 2e+08"
+
+
+@pytest.mark.parametrize(
+    ("precision", "name", "keys"),
+    [
+        ("bf16_stochastic", "adafactor", ["engine.precision"]),
+        ("bf16_stochastic", "lion", ["engine.precision"]),
+        ("bf16_kahan", "adamw", ["optim.name"]),
+        ("bf16_kahan", "adafactor", []),
+        ("bf16", "lion", ["optim.name"]),
+        ("fp32", "stable_adamw", ["optim.name"]),
+        ("bf16", "muon", ["optim.name"]),
+        ("bf16", "adamw", []),
+    ],
+)
+def test_kernels_of_triton_need_a_compiler(monkeypatch, precision: str, name: str, keys: list[str]) -> None:
+    settings = EngineConfig.model_validate({"precision": precision}), OptimConfig.model_validate({"name": name})
+    monkeypatch.setattr(deepspeed_config, "find_c_compiler", lambda: None)
+    found = list(deepspeed_config.check_triton(*settings))
+    assert [problem.key for problem in found] == keys and all("g++" in problem.cure for problem in found)
+    monkeypatch.setattr(deepspeed_config, "find_c_compiler", lambda: "/usr/bin/gcc")
+    assert list(deepspeed_config.check_triton(*settings)) == []

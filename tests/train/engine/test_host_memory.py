@@ -29,12 +29,17 @@ class CudaRuntime:
         self.locked[pointer] = first, last
         return self.code
 
+    def cudaHostUnregister(self, pointer: int) -> int:  # noqa: N802
+        del self.locked[pointer]
+        return 0
+
 
 @pytest.fixture
 def runtime(monkeypatch):
     found = CudaRuntime()
     monkeypatch.setattr(host_memory, "_get_cuda_runtime", lambda: found)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in found.locked)
     return found
 
 
@@ -64,6 +69,16 @@ def test_no_two_tensors_share_a_locked_page(runtime):
     assert all(tensor.data_ptr() % mmap.PAGESIZE == 0 for tensor in tensors), "a part of a page may be shared"
     assert allocate(HostMemory(), (REGISTERED_BYTES // 4 - 1,)) and runtime.calls["register"] == 3  # too small
     assert HostMemory().copy(torch.zeros(REGISTERED_BYTES)).sum() == 0 and runtime.calls["register"] == 3  # no GPU's
+
+
+def test_pages_are_unlocked_before_they_are_given_back(runtime):
+    """The next memory of this size gets the same address, which CUDA would still take for locked."""
+    memory = HostMemory()
+    (held,) = allocate(memory, (REGISTERED_BYTES,))
+    memory._tensors.append(held)
+    assert len(runtime.locked) == 1
+    del memory
+    assert runtime.locked == {} and held.sum() == 0
 
 
 def test_locked_memory_has_huge_pages():

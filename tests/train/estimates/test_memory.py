@@ -222,6 +222,26 @@ def test_offloaded_blocks_leave_two_visitors_on_the_gpu() -> None:
     assert chosen.reason == "full, which engine.offload_blocks needs"
 
 
+@pytest.mark.parametrize(
+    ("words", "has_phase", "keeps_weights"),
+    [
+        ("", False, False),
+        ("validation.share=0.1", True, False),
+        ("validation.share=0.1 ema.decays=[0.9]", True, True),
+        ("validation.metadata=[a.json] ema.lengths=[0.1]", True, True),
+        ("ema.decays=[0.9]", False, False),
+    ],
+)
+def test_validation_of_an_average_puts_the_weights_aside(words: str, has_phase: bool, keeps_weights: bool) -> None:
+    gpu = MemoryLimits(device=80 * GIB, host=500 * GIB)
+    table = estimate_memory(build(*words.split()), replace(SDXL, generation=0), 1, gpu)
+    lines = {line.component: line for line in table.lines if "validation" in line.phases and line.phases != PHASES}
+    assert ("activations of a block" in lines) == has_phase
+    kept = lines.pop("weights while an average is used", None)
+    assert (kept is not None) == keeps_weights
+    assert kept is None or (kept.device == 2 * SDXL.num_trained and kept.phases == ("validation",))
+
+
 def test_ranks_of_a_host_add_up() -> None:
     """All ranks hold their share of the copied optimizer, and rank 0 the copy of the weights."""
     limits = MemoryLimits(device=80 * GIB, host=200 * GIB, ranks_per_host=8)

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.distributed import init_process_group
 from sdxl_trainer.configs.load import load_config
-from sdxl_trainer.train.run.job import set_up
+from sdxl_trainer.train.run.job import NCCL_VARIABLES, set_up
 
 def join(*arguments, **named):
-    print("errors of NCCL", os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"])
+    print("errors of NCCL", *(os.environ[name] for name in NCCL_VARIABLES))
     return init_process_group(*arguments, **named)
 
 if __name__ == "__main__":
@@ -33,4 +33,4 @@ def test_training_uses_tf32_only_where_the_settings_allow_it(
     words = [cached_folder / "tiny.yaml", f"run.dir={tmp_path}", f"engine.tf32={allowed}"]
     printed = run_program(tmp_path / "program.py", *words)
     assert f"flags {allowed} {allowed}" in printed
-    assert "errors of NCCL 0\n" in printed, "the process would end when the connection of another rank is closed"
+    assert "errors of NCCL 0 0\n" in printed, "the process would end when the connection of another rank is closed"
