@@ -28,7 +28,10 @@ def check_gradient_release(engine: EngineConfig, optim: OptimConfig, accumulatio
         return
     if accumulation_steps > 1:
         rule = f"leads to {accumulation_steps} micro steps a step, which engine.gradient_release cannot add up"
-        cure = "set it to train.micro_batch_size times the number of ranks"
+        cure = (
+            f"raise train.micro_batch_size to {accumulation_steps} times its value, which keeps this batch; or set the "
+            f"global batch to train.micro_batch_size times the number of ranks"
+        )
         yield Problem("train.global_batch_size", None, rule, cure)
     if optim.max_grad_norm and optim.clipping == "global":
         rule = "needs the norm of all gradients, which engine.gradient_release never has at the same time"
