@@ -23,6 +23,9 @@ from sdxl_trainer.data.packages import list_missing_packages
 from sdxl_trainer.launch.distributed import Ranks, share_problems
 from sdxl_trainer.launch.folder_lock import lock_folder
 
+# Masks and mirrored latents have no effect on a training without their settings, but on the cache.
+UNUSED_IN_A_JOB = ("cache.spool", "cache.text_variants")
+
 
 def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     """Check the settings and the data, and open the index of all records.
@@ -47,7 +50,7 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     of_model = list(check_model(config.model)) or list(check_pair(config))
     raise_if_any([*problems, *found, *of_model, *caption_problems])
     assert index is not None, "records without problems have an index"
-    log_doubts(check_unused(config, ("cache.",)))
+    log_doubts(check_unused(config, UNUSED_IN_A_JOB))
     for setting, package in list_missing_packages(config).items():
         logger.warning("training with {} needs the package {}: pip install {}", setting, package, package)
     return index

@@ -58,7 +58,6 @@ NEEDS = {
     "cache.flip": Need("data.flip_rate", lambda config: config.data.flip_rate),
     "cache.spool": STORE,
     "cache.spool_gb": STORE,
-    "cache.shard_mb": Need("cache.format: shards", lambda config: config.cache.format == "shards"),
     "cache.text_variants": Need("cache.text: true", lambda config: config.cache.text),
     "ema.on_host": Need("ema.decays or ema.lengths", lambda config: config.ema.num_averages),
     "ema.snapshot_every_steps": LENGTHS,

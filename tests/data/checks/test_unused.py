@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from programs import ROOT
 
+from sdxl_trainer.cache.encode.cache_setup import UNUSED_IN_A_JOB
 from sdxl_trainer.configs.load import build_config, load_config
 from sdxl_trainer.data.checks.unused import NEEDS, check_unused, log_doubts
 
@@ -21,7 +22,6 @@ CASES = {
     "cache.flip": ("true", "data.flip_rate=0.5"),
     "cache.spool": ("spool cache.dir=latents", "cache.dir=s3://bucket/latents"),
     "cache.spool_gb": ("5", "cache.dir=s3://bucket/latents"),
-    "cache.shard_mb": ("5", "cache.format=shards"),
     "cache.text_variants": ("2", "cache.text=true"),
     "ema.on_host": ("true", "ema.decays=[0.9]"),
     "ema.snapshot_every_steps": ("5", "ema.lengths=[0.1]"),
@@ -58,7 +58,7 @@ def test_presets_have_no_such_setting(preset: Path) -> None:
 
 
 def test_a_job_names_those_of_its_sections_with_their_cure(messages: list[str]) -> None:
-    config, _ = build_config({}, ["cache.shard_mb=5", "ema.on_host=true"])
-    log_doubts(check_unused(config, ("cache.",)))
-    rule = "cache.shard_mb=5: has no effect without cache.format: shards"
-    assert messages == [f"{rule}; set cache.format: shards, or leave it out"]
+    config, _ = build_config({}, ["cache.text_variants=5", "cache.flip=true", "ema.on_host=true"])
+    log_doubts(check_unused(config, UNUSED_IN_A_JOB))
+    rule = "cache.text_variants=5: has no effect without cache.text: true"
+    assert messages == [f"{rule}; set cache.text: true, or leave it out"]
