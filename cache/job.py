@@ -11,7 +11,6 @@ from loguru import logger
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.bad_images import (
     BadImages,
-    are_too_many,
     hash_rules,
     report_known,
     write_bad_images,
@@ -60,6 +59,7 @@ from sdxl_trainer.configs.problems import (
 )
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
+from sdxl_trainer.data.checks.bad_limit import are_too_many
 from sdxl_trainer.data.formats.manifest import (
     ManifestEntry,
     read_latest,

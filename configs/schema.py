@@ -214,9 +214,9 @@ class DataConfig(Section):
     """Worker processes per rank that read latents and tokenize captions; 0 does this in the training process. Raise it
     if training waits for data."""
     max_bad_fraction: float = Field(0.01, ge=0, le=1)
-    """Maximum share of bad samples (unreadable, wrong shape, missing). Above it, the job stops with status 1. The cache
-    job allows one or two bad images in a set of any size, unless this is 0. Training counts the samples of one start:
-    the last epoch's, but at least 10,000 and at most 100,000."""
+    """Maximum share of bad samples (unreadable, wrong shape, missing). Above it, the job stops with status 1. One or
+    two bad images or samples of a set of any size are allowed, unless this is 0. Training counts the samples of one
+    start: the last epoch's, but at least 10,000 and at most 100,000."""
 
     @field_validator("resolution_px", mode="before")
     @classmethod

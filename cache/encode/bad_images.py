@@ -25,17 +25,6 @@ from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.images.masks import BadMaskError
 from sdxl_trainer.data.images.transforms import BadImageError
 
-MIN_FAILING = 3  # bad images of a set that has others: 1 % of a small set is less than one image
-
-
-def are_too_many(num_bad: float, max_bad_fraction: float, num_images: int) -> bool:
-    """Return whether a job fails that cannot use `num_bad` of a set's images, by `data.max_bad_fraction`.
-
-    One or two bad images do not fail it while others are left, unless the fraction is 0.
-    """
-    is_small = max_bad_fraction > 0 and num_bad < min(MIN_FAILING, num_images)
-    return num_bad > max_bad_fraction * num_images and not is_small
-
 
 def hash_rules(config: Config) -> str:
     """Return a hash of the settings, and of the image formats of this machine, that decide whether an image is bad."""

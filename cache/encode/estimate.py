@@ -13,7 +13,6 @@ from typing import NamedTuple
 import numpy as np
 from loguru import logger
 
-from sdxl_trainer.cache.encode.bad_images import are_too_many
 from sdxl_trainer.cache.encode.decoder import WorkItem, prepare_item
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.cache.encode.latent_encoder import Encoder
@@ -21,6 +20,7 @@ from sdxl_trainer.cache.encode.pipeline import TextJob
 from sdxl_trainer.cache.encode.text_encoder import CAPTION_GROUP
 from sdxl_trainer.configs.problems import FailedError, Problem, format_count, join_reasons
 from sdxl_trainer.configs.schema import CacheConfig, DataConfig
+from sdxl_trainer.data.checks.bad_limit import are_too_many
 from sdxl_trainer.data.checks.records import build_source_problem
 from sdxl_trainer.data.images.bucket import BucketRule, list_buckets
 from sdxl_trainer.data.images.transforms import BadImageError

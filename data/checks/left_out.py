@@ -11,6 +11,7 @@ from loguru import logger
 from sdxl_trainer.configs.problems import FailedError, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.bad_cures import describe_bad_cure
+from sdxl_trainer.data.checks.bad_limit import are_too_many
 from sdxl_trainer.data.checks.latent_files import find_bad_latents
 from sdxl_trainer.data.files import write_atomic
 from sdxl_trainer.data.formats.npz import NpzError, parse_npy_header
@@ -51,7 +52,7 @@ def leave_out_bad_latents(config: Config, index: Index, resuming: bool) -> None:
         _append_bad_samples(log, reasons)
         number = format_count(num_bad, "bad latent")
         logger.warning("left out: {}, first {}; see {}", number, reasons[0][1], log)
-    if num_bad > config.data.max_bad_fraction * num_samples:
+    if are_too_many(num_bad, config.data.max_bad_fraction, num_samples):
         limit, first = config.data.max_bad_fraction, reasons[0][1]
         rule = (
             f"{num_bad} of {num_samples} latents are bad, more than data.max_bad_fraction = {limit:g} allows; "

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import orjson
 
+from sdxl_trainer.data.checks.bad_limit import count_few
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.launch.append_file import AppendFile
 from sdxl_trainer.launch.distributed import Ranks
@@ -62,6 +63,7 @@ class BadSampleWindow:
         self._size = min(max(num_samples, MIN_WINDOW), MAX_WINDOW)
         self._first_size = min(num_samples, self._size)
         self._max_fraction = max_fraction
+        self._num_samples, self._few = max(num_samples, 1), count_few(max_fraction, num_samples)
         self._num_seen = self._num_bad = 0
         self._steps: deque[tuple[int, int]] = (
             deque()
@@ -70,7 +72,8 @@ class BadSampleWindow:
     def add(self, num_samples: int, num_bad: int) -> str | None:
         """Count the samples of a step; describe the excess if too many are bad now.
 
-        At the start, as many may be bad as in an epoch or, if that is shorter, in a window.
+        At the start, as many may be bad as in an epoch or, if that is shorter, in a window. A few samples of a small
+        set may be bad in each epoch.
         """
         self._num_seen += num_samples
         if not num_bad:
@@ -80,7 +83,9 @@ class BadSampleWindow:
         while self._steps[0][0] <= self._num_seen - self._size:
             self._num_bad -= self._steps.popleft()[1]
         num_last = min(self._num_seen, self._size)
-        if self._num_bad <= self._max_fraction * max(num_last, self._first_size):
+        # A window may begin and end with the bad samples of an epoch.
+        of_few = self._few * (num_last / self._num_samples + 2)
+        if self._num_bad <= max(self._max_fraction * max(num_last, self._first_size), of_few):
             return None
         limit = f"data.max_bad_fraction = {self._max_fraction:g}"
         return f"{self._num_bad} of the last {num_last} samples are bad, more than {limit} allows"

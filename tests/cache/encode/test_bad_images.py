@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from sdxl_trainer.cache.encode.bad_images import BadImages, are_too_many, hash_rules, write_bad_images
+from sdxl_trainer.cache.encode.bad_images import BadImages, hash_rules, write_bad_images
 from sdxl_trainer.cache.encode.decoder import WorkItem
 from sdxl_trainer.cache.encode.encode_plan import EncodePlan
 from sdxl_trainer.configs.schema import Config
+from sdxl_trainer.data.checks.bad_limit import are_too_many
 from sdxl_trainer.data.checks.unusable_images import get_bad_images_file
 from sdxl_trainer.data.images.bucket import BucketRule
 from sdxl_trainer.data.images.masks import BadMaskError

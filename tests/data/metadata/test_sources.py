@@ -477,15 +477,15 @@ def test_a_damaged_list_of_left_out_rows_is_written_anew(tmp_path, damage):
 
 def test_too_many_bad_latents_stop_the_start(tmp_path, monkeypatch):
     monkeypatch.setattr(join, "MAX_BAD", 1)  # the index lists fewer bad samples than it counts
-    write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abcd"}))
+    write(tmp_path / "m.json", orjson.dumps({key: {"caption": key} for key in "abcde"}))
     make_latents(tmp_path / "cache" / "a.npz")
-    for key in "bc":
+    for key in "bcd":
         write(tmp_path / "cache" / f"{key}.npz", "")
     config = build_config(tmp_path, max_bad_fraction=0.6)
     index, problems = open_training_set(config)
     assert index is not None and problems == []
-    assert len(index.summary.bad) == 1 and index.summary.num_bad == 2 and count_missing(index) == 1
-    with pytest.raises(RuntimeError, match="2 of 3 latents are bad, more than data.max_bad_fraction"):
+    assert len(index.summary.bad) == 1 and index.summary.num_bad == 3 and count_missing(index) == 1
+    with pytest.raises(RuntimeError, match="3 of 4 latents are bad, more than data.max_bad_fraction"):
         leave_out_bad_latents(config, index, resuming=False)
     assert "b.npz" in (tmp_path / "run" / "logs" / "bad_samples.jsonl").read_text()
 

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import orjson
+import pytest
 from programs import run_program
 
 from sdxl_trainer.train.report.metrics import read_metrics
@@ -34,6 +35,16 @@ def test_the_limit_is_that_of_the_last_samples() -> None:
     assert window.add(4, 1) == "101 of the last 10000 samples are bad, more than data.max_bad_fraction = 0.01 allows"
     assert BadSampleWindow(10**8, 0.01).add(10**6, 1_001) is not None, "of the last 100,000"
     assert BadSampleWindow(10, 0.0).add(4, 1) is not None and BadSampleWindow(10, 1.0).add(4, 4) is None
+
+
+@pytest.mark.parametrize(("num_files", "is_stopped"), [(1, False), (2, False), (3, True)])
+def test_one_or_two_bad_files_never_end_a_run_of_a_small_set(num_files: int, is_stopped: bool) -> None:
+    """48 samples of which some are bad: at the end of the first epoch, at the start of the second, and so on."""
+    window, messages = BadSampleWindow(num_samples=48, max_fraction=0.01), []
+    for epoch in range(300):
+        steps = [(48 - num_files, 0), (num_files, num_files)]
+        messages += [window.add(*step) for step in (steps if epoch % 2 == 0 else steps[::-1])]
+    assert any(messages) == is_stopped
 
 
 def test_a_run_continues_when_its_samples_are_readable_again(cached_folder: Path, tmp_path: Path) -> None:
