@@ -30,7 +30,10 @@ ENDS = [".npz", ".NPZ", ".json", ".jsn", ".txt", ".text", ".cls", ".te.npz", ".v
 CONTENTS = {"json": b'{"n": 1}', "jsn": b'{"n": 2, "m": 3}', "cls": b" 7\n", "txt": b"", "text": "é".encode()}
 KINDS = [tarfile.REGTYPE] * 8 + [tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE]
 names = st.builds("{}{}{}".format, st.sampled_from(FOLDERS), st.sampled_from(BASES), st.sampled_from(ENDS))
-tar_members = st.lists(st.tuples(names.filter(len), st.sampled_from(KINDS)), min_size=1, max_size=9)
+members_of_tars = st.tuples(names.filter(len), st.sampled_from(KINDS))
+# An old regular file whose name ends with a slash is a folder to tarfile, which then takes its content for a header.
+possible_members = members_of_tars.filter(lambda member: not (member[1] == tarfile.AREGTYPE and member[0][-1] == "/"))
+tar_members = st.lists(possible_members, min_size=1, max_size=9)
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], form: int = tarfile.GNU_FORMAT) -> dict[str, bytes]:

@@ -230,7 +230,7 @@ def test_the_cure_of_bad_latents_on_a_store_is_an_upload(tmp_path, shards, store
     place = content.index(b"PK\x03\x04")
     content[place : place + 4] = b"xxxx"
     store.pipe_file("bucket/bad/torn.tar", bytes(content))
-    data = {"metadata": ["s3://bucket/bad/torn.tar"]}
+    data = {"metadata": ["s3://bucket/bad/torn.tar"], "max_bad_fraction": 0}
     config = Config.model_validate(
         {"data": data, "cache": {"dir": str(tmp_path / "cache")}, "run": {"dir": str(tmp_path), "name": "run"}}
     )
