@@ -25,6 +25,7 @@ CHINESE = {"README.md": "README.zh-CN.md"} | {
 }
 CODE = ("configs", "launch", "data", "cache", "train")
 LINK = re.compile(r"\]\((?!https?:)([^)#]+)")
+IMAGE = re.compile(r'<img\b[^>]* src="(?!https?:)([^"]+)"')
 ANCHOR = re.compile(r"\]\((?!https?:)([^)#]*)#([^)]+)\)")
 MODULE = re.compile(r"python -m sdxl_trainer\.(\w+(?:\.\w+)+)")
 SCRIPT = re.compile(r"\b(?:bash|sbatch|python)(?: --\S+)* ((?:launch|tests|train|benchmarks)/[\w/]+\.\w+)")
@@ -69,6 +70,7 @@ def test_tests_that_pages_name_exist() -> None:
 def test_pages_name_what_there_is(page: Path) -> None:
     text = page.read_text()
     targets = [page.parent / target for target in LINK.findall(text)]
+    targets += [page.parent / target for target in IMAGE.findall(text)]
     targets += [find_program(module) for module in MODULE.findall(text)]
     targets += [ROOT / script for script in SCRIPT.findall(text) if script not in read_examples()]
     assert [str(target) for target in targets if not target.exists()] == []

@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 LINK = re.compile(r"\[([^\]]*)\]\((?!https?:|mailto:|#)([^)#\s]+)(#[^)]*)?\)")
 LANGUAGE_SWITCH = re.compile(r"\[[^\]]+\]\(README(\.zh-CN)?\.md\)\n\n")  # the site has a menu
+# An image with a width, which Markdown lacks and GitHub takes as HTML.
+IMAGE = re.compile(r'<img alt="([^"]*)" src="([^"]*)" width="(\d+)">')
 FENCE = re.compile(r"^(```\w+) (\S+)$", re.MULTILINE)  # a block with a file's name, which the site shows above it
 ENTRY = re.compile(r"- \[([^\]]+)\]\(([^)]+)\)")
 # Pages beside docs/, by the name that they have on the site.
@@ -72,6 +74,7 @@ def stage_pages(language: Language, folder: Path) -> None:
 
     for source, name in pages.items():
         text = LANGUAGE_SWITCH.sub("", source.read_text(encoding="utf-8"), count=1)
+        text = IMAGE.sub(r'![\1](\2){ width="\3" }', text)
         text = LINK.sub(lambda link, source=source: rewrite(source, link), text)
         text = FENCE.sub(r'\1 title="\2"', text)
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
