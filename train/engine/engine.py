@@ -156,8 +156,13 @@ class Engine:
         for group, scale in zip(self._engine.optimizer.param_groups, self._lr_scales, strict=True):
             group["lr"] = lr * scale
 
-    def grad_norm(self) -> float:
-        """Return the global norm of the gradients of the last step, before clipping."""
+    def grad_norm(self) -> float | None:
+        """Return the global norm of the gradients of the last step, before clipping.
+
+        None with Muon at ZeRO 1 to 3, where DeepSpeed replaces gradients by Muon's updates before it takes the norm.
+        """
+        if self._writes_early and self.zero_stage:
+            return None
         norm = self._engine.get_global_grad_norm()
         return float("nan") if norm is None else float(norm)
 

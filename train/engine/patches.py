@@ -81,13 +81,15 @@ def compile_at_first_call(function: Callable) -> Callable:
     return call
 
 
-def silence_renamed_collectives() -> None:
-    """Hide torch's warnings that `all_gather_into_tensor` and `reduce_scatter_tensor` have new names.
+def silence_renamed_functions() -> None:
+    """Hide torch's warnings that functions have new names, which a user of them cannot call.
 
-    Why: DeepSpeed calls the old names, at every step of ZeRO, and a user cannot change that. Looked for: a setting of
-    DeepSpeed; it has none, and a filter of warnings is Python's public way.
+    Why: DeepSpeed calls the old `all_gather_into_tensor` and `reduce_scatter_tensor` at every step of ZeRO, and torch's
+    own compiler the old `check` when it compiles Muon. Looked for: a setting of either; there is none, and a filter of
+    warnings is Python's public way.
     """
-    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    for module in ("torch.distributed", "torch._inductor"):
+        warnings.filterwarnings("ignore", category=FutureWarning, module=module)
 
 
 def skip_gradient_allocation() -> None:
@@ -125,7 +127,7 @@ def keep_zero_optimizer() -> None:
 skip_op_probe()
 ignore_nvml()
 delay_kernel_compilation()
-silence_renamed_collectives()
+silence_renamed_functions()
 skip_gradient_allocation()
 keep_zero_optimizer()
 

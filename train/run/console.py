@@ -241,14 +241,14 @@ class Progress:
         averages, values = self.averages, self._values
         mfu = f", MFU {self.describe_mfu(averages)}" if self.has_mfu else ""
         logger.bind(displayed=True).info(
-            "step {}/{}: loss {:.4f} (average {:.4f}), lr {}, gradient norm {:.3f}, {}, "
+            "step {}/{}: loss {:.4f} (average {:.4f}), lr {}, gradient norm {}, {}, "
             "data wait {:.0%}{}, memory {}, {} left, next checkpoint {}",
             self._state.step,
             self._num_steps,
             values["loss"],
             averages.loss,
             describe_learning_rates(self._config.optim, values["lr"]),
-            values["grad_norm"],
+            self._describe_norm(),
             format_rate(averages.images_per_second),
             averages.data_wait_share,
             mfu,
@@ -283,12 +283,16 @@ class Progress:
             lines=lines,
         )
 
+    def _describe_norm(self) -> str:
+        norm = self._values.get("grad_norm")
+        return UNKNOWN if norm is None else f"{norm:.3f}"
+
     def _list_step_numbers(self, averages: Averages) -> dict[str, str]:
         values, state = self._values, self._state
         return {
             "loss": f"{values['loss']:.4f}" if values else UNKNOWN,
             f"average of {averages.num_steps}": f"{averages.loss:.4f}" if values else UNKNOWN,
-            "gradient norm": f"{values['grad_norm']:.3f}" if values else UNKNOWN,
+            "gradient norm": self._describe_norm(),
             "epoch": f"{state.epoch + state.index / max(1, state.epoch_batches):.2f}",
         }
 

@@ -279,11 +279,11 @@ def log_step(run: Run, result: StepResult, lr: float, seconds: float) -> None:
     """Write a step's metrics, update the display, and log a line every `log.every_steps`. Rank 0 only."""
     if run.metrics is None:
         return
-    step = run.state.step
+    step, norm = run.state.step, run.engine.grad_norm()
     values = {
         "loss": result.loss,
         "lr": lr,
-        "grad_norm": run.engine.grad_norm(),
+        **({} if norm is None else {"grad_norm": norm}),
         "epoch": run.state.epoch,
         "samples_per_second": run.plan.global_batch_size / seconds,
         "step_seconds": seconds,

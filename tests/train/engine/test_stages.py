@@ -108,7 +108,19 @@ def test_muon_is_the_same_in_every_stage() -> None:
     whole = train(build_engine(0, name="muon"))
     assert (whole - flatten(build_net())).abs().max() > LR
     for stage in (1, 2, 3):
-        torch.testing.assert_close(train(build_engine(stage, name="muon")), whole, rtol=0, atol=2e-3)
+        engine = build_engine(stage, name="muon")
+        torch.testing.assert_close(train(engine), whole, rtol=0, atol=2e-3)
+        assert engine.grad_norm() is None, "DeepSpeed has the norm of Muon's updates"
+
+
+@torch._dynamo.config.patch(disable=True)
+def test_muon_reports_the_norm_of_gradients() -> None:
+    engine, net = build_engine(0, name="muon"), build_net()
+    train(engine, 1)
+    for inputs in draw_inputs(0):
+        (compute_loss(net, inputs) / 2).backward()
+    gradients = [weight.grad for weight in net.parameters() if weight.grad is not None]
+    assert engine.grad_norm() == pytest.approx(float(torch.nn.utils.get_total_norm(gradients)), rel=1e-5)
 
 
 @pytest.mark.parametrize("stage", STAGES)
