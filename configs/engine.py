@@ -110,8 +110,8 @@ class EngineConfig(Section):
     timeout_minutes: float = Field(60.0, gt=0)
     """Minutes that a rank may spend without progress, that is without a finished batch, image, file or step. Then all
     ranks save their parts of the state, and the job ends with status 1. Ranks wait longer for a rank that makes
-    progress. Raise it if a single piece of work takes longer, such as compiling the first step. The first checks of
-    settings and data, and building the index, are not limited."""
+    progress. Raise it if a single piece of work takes longer, such as compiling the first step or downloading a model.
+    The first checks of settings and data, and building the index, are not limited."""
     deepspeed: dict[str, Any] = {}
     """Further DeepSpeed settings, merged into the configuration that is built from the other settings. Batch sizes,
     optimizer, schedule, gradient clipping, precision and ZeRO stage have their own settings and are rejected here."""

@@ -8,8 +8,15 @@ from sdxl_trainer.configs.captions import CaptionConfig
 from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.index.index import Index
+from sdxl_trainer.data.metadata.values import TAG_FIELDS
 from sdxl_trainer.data.order.even_selection import select_evenly
-from sdxl_trainer.data.text.tag_rules import TagRules, load_tag_rules, normalize_spelling, normalize_tag
+from sdxl_trainer.data.text.captions import (
+    CaptionSettings,
+    build_caption_settings,
+    list_own_tags,
+    read_caption_fields,
+)
+from sdxl_trainer.data.text.tag_rules import TagRules, normalize_tag
 
 WIDE_COMMAS = ("，", "、")  # marks between tags that input methods for Chinese and Japanese write
 TAG_SETTINGS = ("shuffle", "tag_dropout_rate", "keep_tokens", "token_warmup_steps", "aliases", "implications")
@@ -18,22 +25,27 @@ MIN_SHARE = 0.05  # of these captions, from which on a wrong separator is no acc
 MIN_TAGS = 100  # of a file, from which on it is no accident that a part of the captions has none of them
 
 
-def warn_about_captions(data: DataConfig, index: Index) -> None:
+def warn_about_captions(data: DataConfig, index: Index, check_lists: bool = True) -> None:
     """Log settings for tags that seem to change no caption, unless a strategy builds the captions.
+
+    Args:
+        check_lists: also log lists of tags of which no caption has any.
 
     Raises:
         UserInputError: a file of tags cannot be used.
     """
     used = [f"data.caption.{name}" for name in TAG_SETTINGS if getattr(data.caption, name)]
-    rules = load_tag_rules(data.caption)
-    if data.strategy is not None or not (used or rules):
+    settings = build_caption_settings(data.caption)
+    if data.strategy is not None or not (used or settings.rules):
         return
     records = map(index.record, select_evenly(len(index), NUM_LOOKED_AT).tolist())
-    texts = [str(record["caption"]) for record in records if record["caption"]]
+    captions = (read_caption_fields(record, TAG_FIELDS, data.caption.separator) for record in records)
+    texts = list(filter(None, captions))
     if used and texts:
         warn_of_separator(data.caption, texts, used)
-    if rules and texts:
-        warn_of_tag_files(data.caption, rules, texts, all_captions=len(index) <= NUM_LOOKED_AT)
+    # A caption with wildcards is another text at each draw.
+    if check_lists and settings.rules and texts and not settings.wildcards:
+        warn_of_tag_files(settings, settings.rules, texts, all_captions=len(index) <= NUM_LOOKED_AT)
 
 
 def warn_of_separator(caption: CaptionConfig, texts: Sequence[str], used: Sequence[str]) -> None:
@@ -60,21 +72,24 @@ def warn_of_separator(caption: CaptionConfig, texts: Sequence[str], used: Sequen
         )
 
 
-def warn_of_tag_files(caption: CaptionConfig, rules: TagRules, texts: Sequence[str], all_captions: bool) -> None:
+def warn_of_tag_files(settings: CaptionSettings, rules: TagRules, texts: Sequence[str], all_captions: bool) -> None:
     """Name each list of tags of which no caption has any.
 
     Args:
         all_captions: whether the texts are all captions. If not, short lists may be of rare tags, and are not named.
     """
-    known = list_keys(caption, texts)
-    known |= {normalize_spelling(rules.aliases[key]) for key in known & rules.aliases.keys()}
-    protected = [name for name in ("protected_tags", "protected_tags_file") if getattr(caption, name)]
+    weighted, given, rewritten = settings.weighted, set[str](), set[str]()
+    for tags in (list_own_tags(text, settings) for text in texts):
+        given.update(normalize_tag(tag, weighted) for tag in tags)
+        _, tags = rules.rewrite(([], tags), weighted)
+        rewritten.update(normalize_tag(tag, weighted) for tag in tags)
+    protected = [name for name in ("protected_tags", "protected_tags_file") if getattr(rules.sources, name)]
     lists = {
-        "aliases": rules.aliases.keys(),
-        "implications": rules.implied.keys(),
-        " and ".join(protected): rules.protected,
+        "aliases": (rules.aliases.keys(), given),
+        "implications": (rules.implied.keys(), rewritten),
+        " and ".join(protected): (rules.protected, rewritten),
     }
-    for name, keys in lists.items():
+    for name, (keys, known) in lists.items():
         if keys and not keys & known and (all_captions or len(keys) >= MIN_TAGS):
             logger.warning(
                 "data.caption.{}: the {} that were looked at have none of its {}; compare their spelling, and the mark "
@@ -82,16 +97,5 @@ def warn_of_tag_files(caption: CaptionConfig, rules: TagRules, texts: Sequence[s
                 name,
                 format_count(len(texts), "caption"),
                 format_count(len(keys), "tag"),
-                caption.separator,
+                settings.separator,
             )
-
-
-def list_keys(caption: CaptionConfig, texts: Sequence[str]) -> set[str]:
-    """List the keys of all tags in captions, with those that the settings add."""
-    marks = [mark for mark in (caption.keep_tokens_separator, caption.secondary_separator) if mark]
-    keys: set[str] = set()
-    for text in (*texts, caption.prefix, caption.suffix):
-        for mark in marks:
-            text = text.replace(mark, caption.separator)
-        keys.update(normalize_tag(tag, caption.weighted) for tag in text.split(caption.separator))
-    return keys

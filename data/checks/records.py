@@ -38,12 +38,13 @@ class OpenedIndex(NamedTuple):
     problems: list[Problem]
 
 
-def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIndex:
+def open_checked_records(config: Config, need_captions: bool = True, is_validation: bool = False) -> OpenedIndex:
     """Open the index of all records, check it, and log warnings about it.
 
     Args:
         need_captions: False logs a warning instead of yielding a problem if captions are missing. The cache job does so
             if it caches no text.
+        is_validation: the records are a validation set, which may lack tags of the training set.
     """
     data = config.data
     problems = list(check_data_settings(data, config.cache.dir)) or [*check_streams(data), *check_copies(data)]
@@ -72,7 +73,7 @@ def open_checked_records(config: Config, need_captions: bool = True) -> OpenedIn
         return OpenedIndex(None, [build_source_problem(data, "holds no images", cure)])
     warn_about_records(data, index)
     warn_of_kohya_folders(data)
-    warn_about_captions(data, index)
+    warn_about_captions(data, index, check_lists=not is_validation)
     caption_problems = list(check_captions(data, index))
     if not need_captions:
         for problem in caption_problems:

@@ -20,10 +20,13 @@ class Need(NamedTuple):
     Args:
         text: them, as a user writes them.
         is_met: returns whether the other setting has an effect.
+        is_of_cache: the other setting changes files of the cache or the choice of images, and training alone ignores
+            it. Without it, latents would be encoded again, or masks trained as images.
     """
 
     text: str
     is_met: Callable[[Config], Any]
+    is_of_cache: bool = False
 
 
 TAG_CHANGES = Need(
@@ -32,7 +35,7 @@ TAG_CHANGES = Need(
         config.data.caption.shuffle or config.data.caption.tag_dropout_rate or config.data.caption.token_warmup_steps
     ),
 )
-MASKED = Need("objective.masked_loss: true", lambda config: config.objective.masked_loss)
+MASKED = Need("objective.masked_loss: true", lambda config: config.objective.masked_loss, is_of_cache=True)
 STORE = Need("cache.dir: s3://...", lambda config: isinstance(config.cache.dir, str))
 COPIES = Need(
     "data.remote_shards.copies_dir or shuffle_shards",
@@ -55,7 +58,7 @@ NEEDS = {
     "data.remote_shards.copies_gb": COPIES,
     "data.masks": MASKED,
     "cache.alpha_mask": MASKED,
-    "cache.flip": Need("data.flip_rate", lambda config: config.data.flip_rate),
+    "cache.flip": Need("data.flip_rate", lambda config: config.data.flip_rate, is_of_cache=True),
     "cache.spool": STORE,
     "cache.spool_gb": STORE,
     "cache.text_variants": Need("cache.text: true", lambda config: config.cache.text),
@@ -83,8 +86,12 @@ def check_unused(config: Config, sections: tuple[str, ...] = ("",)) -> Iterator[
     for key, need in NEEDS.items():
         value = get_setting(config, key)
         if key.startswith(sections) and value != get_setting(default, key) and not need.is_met(config):
-            cure = f"set {need.text}, or leave it out"
-            yield Problem(key, value, f"has no effect without {need.text}", cure)
+            if need.is_of_cache:
+                cure = f"set {need.text}, or leave it as it is, because the cache depends on it"
+                yield Problem(key, value, f"has no effect on training without {need.text}", cure)
+            else:
+                cure = f"set {need.text}, or leave it out"
+                yield Problem(key, value, f"has no effect without {need.text}", cure)
 
 
 def log_doubts(problems: Iterable[Problem]) -> None:

@@ -55,7 +55,7 @@ def open_validation_set(config: Config) -> OpenedIndex:
         problem = Problem("validation.share", settings.share, "cannot be combined with a separate set", cure)
         return OpenedIndex(None, [problem])
     derived = derive_validation_config(config)
-    records, problems = open_checked_records(derived)
+    records, problems = open_checked_records(derived, is_validation=True)
     problems = [replace(problem, key=problem.key.replace("data", "validation", 1)) for problem in problems]
     if records is None or problems:
         return OpenedIndex(None, problems)

@@ -103,9 +103,7 @@ def process_texts(
 
     Commas in a description are prose, so the steps that work on tags leave the description as it is.
     """
-    if settings.first_line:
-        texts = CaptionTexts(*map(_take_first_line, texts))
-    texts = _add_affixes(texts, settings)
+    texts = _complete_texts(texts, settings)
     if draw_dropout(settings, rng, epoch):
         return ""
     if settings.wildcards:
@@ -212,11 +210,13 @@ class _Group:
         return (TAG_JOINER if count[3] is None else count[3]).join(options[i] for i in chosen)
 
 
-def _add_affixes(texts: CaptionTexts, settings: CaptionSettings) -> CaptionTexts:
-    """Put the prefix before the first text and the suffix after the last.
+def _complete_texts(texts: CaptionTexts, settings: CaptionSettings) -> CaptionTexts:
+    """Put the prefix before the first text and the suffix after the last, of their first lines with `first_line`.
 
     With wildcards, every line gets both, because one line is picked later.
     """
+    if settings.first_line:
+        texts = CaptionTexts(*map(_take_first_line, texts))
     if not (settings.prefix or settings.suffix):
         return texts
 
@@ -297,6 +297,14 @@ def list_tags(text: str, settings: CaptionSettings) -> list[str]:
     if settings.rules is not None:
         _, tags = settings.rules.rewrite(([], tags), weighted)
     return ["".join(part.text for part in parse_weights(tag)) for tag in tags] if weighted else tags
+
+
+def list_own_tags(text: str, settings: CaptionSettings) -> list[str]:
+    """List the tags of a text, with those of prefix and suffix, as aliases meet them. Wildcards stay unexpanded."""
+    text = _complete_texts(CaptionTexts(text), settings).tags
+    if settings.keep_tokens_separator:
+        text = text.replace(settings.keep_tokens_separator, settings.separator)
+    return _split_tags(divide_groups(text, settings.separator) if settings.weighted else text, settings)
 
 
 def _split_tags(text: str, settings: CaptionSettings) -> list[str]:

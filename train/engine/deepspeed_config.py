@@ -12,7 +12,7 @@ from sdxl_trainer.configs.engine import PURE_BF16, WEIGHT_TYPES, EngineConfig
 from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, TrainConfig
-from sdxl_trainer.train.optim.optimizers import explain_whole_tensors
+from sdxl_trainer.train.optim.optimizers import explain_whole_tensors, find_optimizer_entry
 
 DTYPES = {
     "fp32": torch.float32,
@@ -90,11 +90,13 @@ def check_engine(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
 def check_triton(engine: EngineConfig, optim: OptimConfig) -> Iterator[Problem]:
     """Yield a problem for each setting whose kernels Triton starts, if there is no C compiler, which it needs for that.
 
-    Without it, the first update would fail. optimi's optimizers use Triton on GPUs by themselves.
+    Without it, the first update would fail. optimi's optimizers use Triton on GPUs, unless arguments choose otherwise.
     """
     is_stochastic = engine.precision == "bf16_stochastic"
-    of_optimi = optim.name in ("lion", "stable_adamw") or (engine.precision, optim.name) == ("bf16_kahan", "adamw")
-    if (is_stochastic or of_optimi or optim.name == "muon") and find_c_compiler() is None:
+    of_optimi = find_optimizer_entry(optim.name, engine).path.startswith("optimi")
+    triton, foreach = (optim.kwargs.get(name) for name in ("triton", "foreach"))
+    chooses_triton = triton or (triton is None and foreach is None)
+    if (is_stochastic or (of_optimi and chooses_triton) or optim.name == "muon") and find_c_compiler() is None:
         key, value = ("engine.precision", engine.precision) if is_stochastic else ("optim.name", optim.name)
         rule = "needs a C compiler on a GPU, with which Triton builds what starts its kernels"
         cure = "install one (apt-get install g++ python3-dev), or name yours in the environment variable CC"

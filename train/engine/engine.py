@@ -171,6 +171,11 @@ class Engine:
         """Factor of the loss that keeps fp16 gradients in range; None in other precisions."""
         return float(self._engine.optimizer.loss_scale) if self._engine.fp16_enabled() else None
 
+    def read_local_module(self) -> dict[str, torch.Tensor]:
+        """Return this rank's own copy of the wrapped module's state, without collectives."""
+        is_released = isinstance(self._engine, ReleasingEngine)
+        return self._engine.read_module() if is_released else self.model.state_dict()
+
     def capture_state(self, alone: bool = False, reuse: bool = False, lend: bool = False) -> dict[str, Any]:
         """Return this rank's files of a checkpoint: path within it → content, copied to the host.
 

@@ -162,20 +162,23 @@ class ReleasingEngine:
         """Return 0: nothing is sharded."""
         return 0
 
+    def read_module(self) -> dict[str, torch.Tensor]:
+        """Return the module's state, with the weights of offloaded blocks in host memory.
+
+        A thread may read it while a forward pass runs, before a visiting block's copy to the device is made.
+        """
+        names = {name: id(weight) for name, weight in self.module.named_parameters()}
+        homes = {} if self.list_homes is None else self.list_homes()
+        return {name: homes.get(names.get(name, 0), value) for name, value in self.module.state_dict().items()}
+
     def collect_state_files(
         self, tag: str, client_state: Mapping[str, Any], copy: Callable[[Any], Any], with_module: bool
     ) -> dict[str, Any]:
         """Return this rank's files of a checkpoint, as DeepSpeed without ZeRO writes them: path → copied content."""
         if self.global_rank and not with_module:
             return {}
-        weights = dict(self.module.named_parameters())
-        # A thread may save while a forward pass runs, before a visiting block's copy to the device is made.
-        homes = {} if self.list_homes is None else self.list_homes()
-        state = {
-            name: homes.get(id(weights[name]), value) if name in weights else value
-            for name, value in self.module.state_dict().items()
-            if name not in weights or weights[name].requires_grad
-        }
+        frozen = {name for name, weight in self.module.named_parameters() if not weight.requires_grad}
+        state = {name: value for name, value in self.read_module().items() if name not in frozen}
         content = {
             "module": state,
             "optimizer": self.optimizer.state_dict(),

@@ -139,7 +139,7 @@ def export_local_model(path: Path, engine: Engine, settings: ExportSettings) -> 
 
     The weights have the precision of training. Frozen weights are read from the base model.
     """
-    state = engine.model.state_dict()
+    state = engine.read_local_module()
     if settings.lora.rank:
         weights = {name: state[name] for name in engine.weights.trained_names}
         write_adapter_file(path, weights, settings)

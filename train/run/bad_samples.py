@@ -9,7 +9,7 @@ import orjson
 from sdxl_trainer.data.checks.bad_limit import count_few
 from sdxl_trainer.data.counted_warnings import CountedWarnings
 from sdxl_trainer.launch.append_file import AppendFile
-from sdxl_trainer.launch.distributed import Ranks
+from sdxl_trainer.launch.distributed import Ranks, gather_objects
 
 # The window is an epoch within these bounds. A shorter one would stop a run for a few bad samples by chance, and a
 # longer one would let it continue for hours without its storage.
@@ -29,13 +29,27 @@ class BadSamples:
         suffix = "" if ranks.is_main else f"-rank{ranks.rank}"
         self._file = AppendFile(logs / f"bad_samples{suffix}.jsonl")
         self._warnings = CountedWarnings("bad sample skipped", self._file.path, ranks.world_size)
-        self.window = BadSampleWindow(num_samples, max_fraction)
+        self._window, self._few = BadSampleWindow(num_samples, max_fraction), count_few(max_fraction, num_samples)
+        self._keys: set[str] = set()  # of this rank's bad samples, as many as are needed to exceed the limit
 
     def skip(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Warn of this rank's samples, each a key and a reason, that could not be read in a step, and list them."""
         for _, reason in samples:
             self._warnings.add(reason)
         self.append(step, [{"key": key, "reason": reason} for key, reason in samples])
+        for key, _ in samples:
+            if len(self._keys) <= self._few:
+                self._keys.add(key)
+
+    def find_excess(self, num_samples: int, num_bad: int) -> str | None:
+        """Count the samples of a step over all ranks; describe the excess if too many are bad now.
+
+        One or two samples, which a small set uses often, may always be bad. All ranks call this together.
+        """
+        excess = self._window.add(num_samples, num_bad)
+        if excess is None or len(set().union(*gather_objects(self._keys))) <= self._few:
+            return None
+        return excess
 
     def append(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """List this rank's bad samples of a step, each with its key and reason."""
@@ -63,7 +77,6 @@ class BadSampleWindow:
         self._size = min(max(num_samples, MIN_WINDOW), MAX_WINDOW)
         self._first_size = min(num_samples, self._size)
         self._max_fraction = max_fraction
-        self._num_samples, self._few = max(num_samples, 1), count_few(max_fraction, num_samples)
         self._num_seen = self._num_bad = 0
         self._steps: deque[tuple[int, int]] = (
             deque()
@@ -72,8 +85,7 @@ class BadSampleWindow:
     def add(self, num_samples: int, num_bad: int) -> str | None:
         """Count the samples of a step; describe the excess if too many are bad now.
 
-        At the start, as many may be bad as in an epoch or, if that is shorter, in a window. A few samples of a small
-        set may be bad in each epoch.
+        At the start, as many may be bad as in an epoch or, if that is shorter, in a window.
         """
         self._num_seen += num_samples
         if not num_bad:
@@ -83,9 +95,7 @@ class BadSampleWindow:
         while self._steps[0][0] <= self._num_seen - self._size:
             self._num_bad -= self._steps.popleft()[1]
         num_last = min(self._num_seen, self._size)
-        # A window may begin and end with the bad samples of an epoch.
-        of_few = self._few * (num_last / self._num_samples + 2)
-        if self._num_bad <= max(self._max_fraction * max(num_last, self._first_size), of_few):
+        if self._num_bad <= self._max_fraction * max(num_last, self._first_size):
             return None
         limit = f"data.max_bad_fraction = {self._max_fraction:g}"
         return f"{self._num_bad} of the last {num_last} samples are bad, more than {limit} allows"

@@ -79,6 +79,7 @@ def run_training(config: Config, problems: list[Problem], dry_run: bool = False)
             config, index, ranks = set_up(config, problems, dry_run)
             # A lost rank would keep the others in a collective of the engine's start.
             limit_seconds = 60 * config.engine.timeout_minutes + COLLECTIVE_MARGIN.total_seconds()
+            ACTIVITY.enter("opening the model")  # each phase has that much time, so a download too
             with Watchdog(limit_seconds) if ranks.world_size > 1 else nullcontext():
                 run, batches = build_run(config, index, ranks, publish=not dry_run)
             show_start(run)
@@ -122,8 +123,7 @@ def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Se
         assert index is not None, "a run without problems has an index"
         warn_of_doubts(config, index)
         path = index.path
-    for name in NCCL_VARIABLES:
-        os.environ.setdefault(name, "0")
+    keep_processes_of_failed_ranks()
     ranks = init_ranks(config.engine.timeout_minutes)
     path, finished_step = broadcast_object((path, finished_step))
     if finished_step is not None:
@@ -134,6 +134,17 @@ def set_up(config: Config, problems: list[Problem], dry_run: bool = False) -> Se
     if ranks.is_main and ranks.device.type == "cpu":
         logger.info("no GPU: the work runs on the CPU, which is only good for trials")
     return Setup(config, Index(path), ranks)
+
+
+def keep_processes_of_failed_ranks() -> None:
+    """Set the variables by which NCCL leaves a process alone, unless the user has set them.
+
+    torchrun sets the first to 1 where the user has not. The two cannot be told apart, so 1 counts as torchrun's.
+    """
+    by_torchrun = "1" if "TORCHELASTIC_RUN_ID" in os.environ else None
+    for name in NCCL_VARIABLES:
+        if os.environ.get(name) in (None, by_torchrun):
+            os.environ[name] = "0"
 
 
 def write_settings(config: Config, ranks: Ranks) -> None:

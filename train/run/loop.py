@@ -242,13 +242,13 @@ def record_step(run: Run, result: StepResult) -> None:
 
 
 def require_good_samples(run: Run, num_bad: int) -> None:
-    """Count the bad samples of a finished step, and end the run if there are too many.
+    """Count the bad samples of a finished step, and end the run if there are too many. All ranks call this together.
 
     Raises:
         FailedError: more samples are bad than `data.max_bad_fraction` allows; the state is saved.
     """
     state = run.state
-    excess = run.bad_samples.window.add(run.plan.global_batch_size, num_bad)
+    excess = run.bad_samples.find_excess(run.plan.global_batch_size, num_bad)
     if excess:
         run.checkpoints.save_whole(run.engine, state)
         raise FailedError(

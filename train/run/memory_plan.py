@@ -19,6 +19,7 @@ from sdxl_trainer.data.images.bucket import Size, list_buckets
 from sdxl_trainer.data.index.selection import build_bucket_rules
 from sdxl_trainer.data.loading.loader import PREFETCH_PER_WORKER
 from sdxl_trainer.data.order.plan import Plan
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, count_ranks_here, gather_objects
 from sdxl_trainer.launch.machine import read_host_memory_bytes
 from sdxl_trainer.train.estimates.memory_choice import MemoryPlan, describe_lack, plan_memory
@@ -49,6 +50,7 @@ def plan_run_memory(config: Config, source: ModelSource, plan: Plan, ranks: Rank
     Raises:
         UserInputError: a GPU is too small for the run even without activations.
     """
+    ACTIVITY.enter("estimating the memory")
     logger.info("estimating the memory of a rank")  # which takes 15 s on two busy cores
     bucket = find_largest_bucket(plan)
     sizes = measure_networks(config, source, bucket)

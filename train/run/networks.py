@@ -15,6 +15,7 @@ from sdxl_trainer.cache.models.source import ModelSource, is_local
 from sdxl_trainer.configs.problems import Problem, UserInputError, format_count, raise_if_any
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.order.keyed_random import RandomStream, derive_seed
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.train.checkpoint.resume import check_base_model, restore_engine
 from sdxl_trainer.train.checkpoint.state import TrainState
@@ -57,6 +58,7 @@ def build_networks(config: Config, source: ModelSource, ranks: Ranks) -> tuple[E
         add_adapters(dict(networks.named_children()), config.lora, derive_seed(config.run.seed, RandomStream.ADAPTER))
         quantise_base(unet, config.lora.quantised_base)
     networks.compilation = compile_unet(unet, config.engine.compile)
+    ACTIVITY.enter("starting the engine")
     groups = build_parameter_groups(networks, config.optim, source.read_config("unet"), config.lora.b_lr_ratio)
     if not config.engine.gradient_release:
         logger.info("starting DeepSpeed on {}", format_count(ranks.world_size, "rank"))
@@ -93,6 +95,7 @@ def load_engine(
     Raises:
         UserInputError: the checkpoint belongs to another base model, or these ranks cannot load it.
     """
+    ACTIVITY.enter("loading the networks")
     logger.info("loading the networks")
     if config.model.adapt_channels and checkpoint is None:
         logger.info("model.adapt_channels: {}", describe_adaptation(config, source))
@@ -100,6 +103,7 @@ def load_engine(
     state.base_model = hash_frozen_networks(engine, config, source, ranks)
     if checkpoint:
         raise_if_any(check_base_model(config.model, state.base_model, TrainState.load(checkpoint)))
+        ACTIVITY.enter("restoring the checkpoint")
         restore_engine(engine, checkpoint)
     return engine, conditioner
 

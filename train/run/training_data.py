@@ -23,6 +23,7 @@ from sdxl_trainer.data.order.regularisation import balance_regularisation, find_
 from sdxl_trainer.data.order.source_weights import apply_data_repeats
 from sdxl_trainer.data.order.split import exclude_rows, hash_keys
 from sdxl_trainer.data.text.strategy import Strategy, load_repeats
+from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, broadcast_object
 from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.objective.objective import Objective, SampleKeys
@@ -50,6 +51,7 @@ class DataSplit:
 
 def split_data(config: Config, index: Index, strategy: Strategy | None, ranks: Ranks) -> DataSplit:
     """Hold out the validation samples and plan the training batches; the same on all ranks."""
+    ACTIVITY.enter("dividing the data")
     opened = open_validation_set(config).index if ranks.is_main else None
     path = broadcast_object(opened and opened.path)
     own_index = Index(path) if path else None

@@ -12,7 +12,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks import captions, records, training_set, validation_set
 from sdxl_trainer.data.checks.records import open_checked_records
-from sdxl_trainer.data.text.tag_rules import load_tag_rules
+from sdxl_trainer.data.text.captions import build_caption_settings
 
 
 @pytest.fixture
@@ -83,13 +83,19 @@ def test_the_rarer_of_two_separators_is_to_be_replaced(settings: Path, messages:
         ("kitty,cat", "data.strategy=docs/examples/strategy.py:Strategy", ""),  # builds other captions
         ("red hat,cap", "data.caption.protected_tags=[capp]", "data.caption.protected_tags: "),
         ("red hat,cap", "data.caption.protected_tags=[cap]", ""),  # by the alias
+        ("a_cat,cap", "data.caption.first_line=true", ""),
+        ("second,cap", "data.caption.first_line=true", "data.caption.aliases: "),
+        ("bow,cap", "data.caption.weighted=true", ""),
+        ("kitty,cap", "data.caption.wildcards=true", ""),  # other texts at each draw
+        ("big a cat,cap", "data.caption.first_line=true data.caption.prefix=big", ""),
     ],
 )
 def test_tags_of_settings_that_no_caption_has_are_named(
     settings: Path, messages: list[str], aliases: str, words: str, named: str
 ) -> None:
+    text = "a cat\nsecond" if "first_line" in words else "a cat on a mat, red hat, (shoe, bow:1.2)"
     for name in "abc":
-        (settings.parent / "images" / f"{name}.txt").write_text("a cat on a mat, red hat")
+        (settings.parent / "images" / f"{name}.txt").write_text(text)
     file = settings.parent / "aliases.csv"
     file.write_text(aliases)
     config, problems = load_config(
@@ -100,14 +106,33 @@ def test_tags_of_settings_that_no_caption_has_are_named(
     assert problems == [] and len(found) == bool(named) and all(message.startswith(named) for message in found)
 
 
+def test_a_protected_tag_that_is_implied_is_not_named(messages: list[str], tmp_path: Path) -> None:
+    (tmp_path / "implied.csv").write_text("dog,animal")
+    config = CaptionConfig(implications=str(tmp_path / "implied.csv"), protected_tags=["animal"])
+    caption = build_caption_settings(config)
+    assert caption.rules is not None
+    captions.warn_of_tag_files(caption, caption.rules, ["a mat, dog"], all_captions=True)
+    assert messages == []
+
+
+def test_a_validation_set_may_lack_tags_of_the_training_set(settings: Path, messages: list[str]) -> None:
+    for name in "abc":
+        (settings.parent / "images" / f"{name}.txt").write_text("a cat")
+    words = [f"validation.image_dirs=[{settings.parent / 'images'}]", "data.caption.protected_tags=[dog]"]
+    config, problems = load_config(settings, [*words, "data.caption.shuffle=true"])
+    validation_set.open_validation_set(config)
+    assert problems == [] and not any("looked at" in message for message in messages)
+    open_checked_records(config)
+    assert any("looked at" in message for message in messages)
+
+
 def test_rare_tags_are_not_named_if_only_some_captions_were_looked_at(messages: list[str], tmp_path: Path) -> None:
     (tmp_path / "few.csv").write_text("kitty,cat")
     (tmp_path / "many.csv").write_text("".join(f"tag {number},cat\n" for number in range(captions.MIN_TAGS)))
     for name in ("few", "many"):
-        caption = CaptionConfig(aliases=str(tmp_path / f"{name}.csv"))
-        rules = load_tag_rules(caption)
-        assert rules is not None
-        captions.warn_of_tag_files(caption, rules, ["a dog", "a mat"], all_captions=False)
+        caption = build_caption_settings(CaptionConfig(aliases=str(tmp_path / f"{name}.csv")))
+        assert caption.rules is not None
+        captions.warn_of_tag_files(caption, caption.rules, ["a dog", "a mat"], all_captions=False)
     assert [message.split(";")[0] for message in messages] == [
         f"data.caption.aliases: the 2 captions that were looked at have none of its {captions.MIN_TAGS} tags"
     ]

@@ -282,15 +282,16 @@ def test_a_save_beside_a_forward_pass_reads_no_copy_that_is_on_its_way(monkeypat
         assert parcel._copy is not None
         made = parcel._copy.clone()
         parcel._copy.fill_(255)
-        saved.append(engine.capture_state(alone=True))
+        saved.append((engine.capture_state(alone=True), {**engine.read_local_module()}))
         parcel._copy.copy_(made)
 
     monkeypatch.setattr(Parcel, "arrive", save_before_the_copy_is_made)
     engine(1)
     assert len(saved) == NUM_BLOCKS
-    for files in saved:
+    for files, own in saved:
         (module,) = (content["module"] for content in files.values() if "module" in content)
-        assert [name for name, value in module.items() if not value.equal(expected[name])] == []
+        for state in (module, own):
+            assert [name for name, weight in expected.items() if not state[name].equal(weight)] == []
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -3,9 +3,7 @@
 import pytest
 import torch
 
-from sdxl_trainer.configs.engine import EngineConfig
 from sdxl_trainer.configs.load import build_config
-from sdxl_trainer.configs.optim import OptimConfig
 from sdxl_trainer.train.engine import deepspeed_config
 from sdxl_trainer.train.engine.deepspeed_config import (
     BatchSizes,
@@ -103,20 +101,28 @@ def test_communication_by_ranks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("precision", "name", "keys"),
+    ("words", "key"),
     [
-        ("bf16_stochastic", "adafactor", ["engine.precision"]),
-        ("bf16_stochastic", "lion", ["engine.precision"]),
-        ("bf16_kahan", "adamw", ["optim.name"]),
-        ("bf16_kahan", "adafactor", []),
-        ("bf16", "lion", ["optim.name"]),
-        ("fp32", "stable_adamw", ["optim.name"]),
-        ("bf16", "muon", ["optim.name"]),
-        ("bf16", "adamw", []),
+        (["engine.precision=bf16_stochastic", "optim.name=adafactor"], "engine.precision"),
+        (["engine.precision=bf16_stochastic", "optim.name=lion"], "engine.precision"),
+        (["engine.precision=bf16_kahan"], "optim.name"),
+        (["engine.precision=bf16_kahan", "optim.kwargs={foreach: true}"], None),
+        (["engine.precision=bf16_kahan", "optim.name=adafactor"], None),
+        (["optim.name=lion"], "optim.name"),
+        (["optim.name=lion", "optim.kwargs={triton: false}"], None),
+        (["optim.name=lion", "optim.kwargs={triton: true, foreach: true}"], "optim.name"),
+        (["optim.name=lion", "engine.offload_optimizer=true"], None),  # DeepSpeed's
+        (["optim.name=optimi.Adan"], "optim.name"),
+        (["engine.precision=fp32", "optim.name=stable_adamw"], "optim.name"),
+        (["optim.name=muon"], "optim.name"),
+        (["optim.name=adamw"], None),
     ],
 )
-def test_kernels_of_triton_need_a_compiler(monkeypatch, precision: str, name: str, keys: list[str]) -> None:
-    settings = EngineConfig.model_validate({"precision": precision}), OptimConfig.model_validate({"name": name})
+def test_kernels_of_triton_need_a_compiler(monkeypatch, words: list[str], key: str | None) -> None:
+    config, problems = build_config({}, words)
+    settings = config.engine, config.optim
+    assert problems == []
+    keys = [key] if key else []
     monkeypatch.setattr(deepspeed_config, "find_c_compiler", lambda: None)
     found = list(deepspeed_config.check_triton(*settings))
     assert [problem.key for problem in found] == keys and all("g++" in problem.cure for problem in found)

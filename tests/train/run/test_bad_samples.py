@@ -4,10 +4,12 @@ from pathlib import Path
 
 import orjson
 import pytest
+import torch
 from programs import run_program
 
+from sdxl_trainer.launch.distributed import Ranks
 from sdxl_trainer.train.report.metrics import read_metrics
-from sdxl_trainer.train.run.bad_samples import BadSampleWindow
+from sdxl_trainer.train.run.bad_samples import BadSamples, BadSampleWindow
 
 # Reads no caption while `away` exists and the run trains, and deletes the run folder after step 3.
 CAPTIONS = """
@@ -37,14 +39,49 @@ def test_the_limit_is_that_of_the_last_samples() -> None:
     assert BadSampleWindow(10, 0.0).add(4, 1) is not None and BadSampleWindow(10, 1.0).add(4, 4) is None
 
 
-@pytest.mark.parametrize(("num_files", "is_stopped"), [(1, False), (2, False), (3, True)])
-def test_one_or_two_bad_files_never_end_a_run_of_a_small_set(num_files: int, is_stopped: bool) -> None:
-    """48 samples of which some are bad: at the end of the first epoch, at the start of the second, and so on."""
-    window, messages = BadSampleWindow(num_samples=48, max_fraction=0.01), []
-    for epoch in range(300):
-        steps = [(48 - num_files, 0), (num_files, num_files)]
-        messages += [window.add(*step) for step in (steps if epoch % 2 == 0 else steps[::-1])]
-    assert any(messages) == is_stopped
+@pytest.mark.parametrize(
+    ("num_samples", "keys", "is_stopped"),
+    [
+        (48, "a", False),
+        (48, "aaaa", False),  # a sample with repeats
+        (48, "ab", False),
+        (48, "abc", True),
+        (3, "abc", True),
+        (2, "a", False),
+        (2, "ab", True),
+        (1, "a", True),
+    ],
+)
+def test_one_or_two_bad_files_never_end_a_run_of_a_small_set(
+    tmp_path: Path, num_samples: int, keys: str, is_stopped: bool
+) -> None:
+    bad_samples = BadSamples(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), num_samples, max_fraction=0.01)
+    messages = []
+    for step in range(100):
+        bad_samples.skip(step, [(key, "is cut off") for key in keys])
+        messages.append(bad_samples.find_excess(48, len(keys)))
+    assert any(messages) == is_stopped and (not is_stopped or messages[0])
+
+
+RANKS = """
+import sys
+from pathlib import Path
+from sdxl_trainer.launch.distributed import close_ranks, init_ranks
+from sdxl_trainer.train.run.bad_samples import BadSamples
+
+ranks = init_ranks()
+bad = BadSamples(Path(sys.argv[1]), ranks, 48, 0.01)
+bad.skip(0, [(key, "is cut off") for key in (["a", "b"], ["b", "a"])[ranks.rank]])
+assert bad.find_excess(8, 4) is None, "the same two"
+bad.skip(1, [("c", "is cut off")] if ranks.rank else [])
+assert bad.find_excess(8, 1) == "5 of the last 16 samples are bad, more than data.max_bad_fraction = 0.01 allows"
+close_ranks()
+"""
+
+
+def test_ranks_count_the_same_bad_samples_once(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(RANKS)
+    run_program(tmp_path / "program.py", tmp_path, ranks=2)
 
 
 def test_a_run_continues_when_its_samples_are_readable_again(cached_folder: Path, tmp_path: Path) -> None:
