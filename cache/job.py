@@ -319,7 +319,7 @@ def encode_plans(
 
     def skip_item(entry: ManifestEntry, error: OSError) -> None:
         reporter.progress.bad += 1
-        reason = f"{entry.source_path}: its latents cannot be named {entry.file}: {error.strerror}"
+        reason = f"{entry.source_path}: its files cannot be named after it, as {entry.file} is: {error.strerror}"
         bad.add(entry.key, entry.source_path, ValueError(reason))
 
     writer = BackgroundWriter(storage, manifest, skip_item)

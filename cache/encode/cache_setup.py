@@ -8,6 +8,7 @@ import orjson
 from loguru import logger
 
 from sdxl_trainer.cache.encode.cache_vae import CacheVae
+from sdxl_trainer.cache.encode.caption_lengths import check_caption_lengths
 from sdxl_trainer.cache.encode.text_caching import check_captioning
 from sdxl_trainer.cache.models.model_pair import check_pair
 from sdxl_trainer.cache.models.source import check_model
@@ -51,6 +52,7 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     raise_if_any([*problems, *found, *of_model, *caption_problems])
     assert index is not None, "records without problems have an index"
     log_doubts(check_unused(config, UNUSED_IN_A_JOB))
+    log_doubts(check_caption_lengths(config, index) if config.cache.text else ())
     for setting, package in list_missing_packages(config).items():
         logger.warning("training with {} needs the package {}: pip install {}", setting, package, package)
     return index

@@ -101,8 +101,9 @@ class NpzStorage:
         self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None
     ) -> ManifestEntry:
         """Store an item that is already packed. Without `text`, `entry.text` is kept, because it has its own file."""
-        self._write(entry.file, content)
+        # First, because its name is longer: an image for which it is too long must leave no latents behind.
         entry = entry if text is None else self._store_text(entry, text)
+        self._write(entry.file, content)
         digest = hashlib.sha256(content).hexdigest()
         return replace(entry, bytes=len(content), sha256=digest, offset=None, record_bytes=None, record_sha256=None)
 

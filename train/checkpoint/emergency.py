@@ -94,10 +94,15 @@ class EmergencySaver:
         try:
             return self._save(reason)
         except (OSError, RuntimeError) as error:
-            logger.error("the shard cannot be written: {}; the next start resumes from the newest checkpoint", error)
+            resumes = "the shard cannot be written: {}; the next start resumes at {}"
+            logger.error(resumes, error, self._describe_newest())
             return None
         finally:
             self._done.set()
+
+    def _describe_newest(self) -> str:
+        """Describe where the next start resumes without this rank's shard."""
+        return f"step {self._writer.last_step}" if self._writer.last_step > 0 else "the beginning"
 
     def _save(self, reason: str) -> Path | None:
         started = time.monotonic()
@@ -106,12 +111,12 @@ class EmergencySaver:
         partial = None
         with self._engine.hold_updates(DEADLINE_SECONDS * UPDATE_SHARE) as completed:
             if completed is None:
-                logger.warning("an update is under way; the next start resumes from the newest checkpoint")
+                logger.warning("an update is under way; the next start resumes at {}", self._describe_newest())
             elif saved := self._describe_saved(state := self._read_state(completed), started + DEADLINE_SECONDS):
                 level = "SUCCESS" if state.step == self._writer.last_step else "WARNING"
                 logger.log(level, "step {} {}", state.step, saved)
             elif completed > 0:
-                last = f"step {self._writer.last_step}" if self._writer.last_step > 0 else "the beginning"
+                last = self._describe_newest()
                 # Updates are held, so state in host memory is written without copying it.
                 captured = self._engine.capture_state(alone=True, lend=True)
                 partial = self._writer.write_when_there_is_space(captured, state, try_first=True)

@@ -194,18 +194,35 @@ def get_step(path: Path) -> int:
 
 
 def prune_checkpoints(folder: Path, keep_last: int, keep_every_steps: int, keep_best: int = 0) -> None:
-    """Delete the oldest checkpoints beyond `keep_last`, except steps that are multiples of `keep_every_steps`, and
-    except the best ones by their validations.
+    """Delete the oldest checkpoints beyond `keep_last`, except steps that are multiples of `keep_every_steps`, except
+    the best ones by their validations, and except one to go back to (`find_fallback`).
 
     A checkpoint whose files are not all there is not counted as kept, so that an intact one is not deleted for it.
     """
     num_kept, checkpoints = 0, list_checkpoints(folder)
-    best = find_best_checkpoints(folder.parent, checkpoints, keep_best) if keep_best else set()
+    fallback = find_fallback(checkpoints)
+    kept = find_best_checkpoints(folder.parent, checkpoints, keep_best) if keep_best else set()
     for path in reversed(checkpoints):
         if num_kept < keep_last:
             num_kept += read_manifest(path).damage is None
-        elif path not in best and (not keep_every_steps or get_step(path) % keep_every_steps):
+        elif path not in kept and path != fallback and (not keep_every_steps or get_step(path) % keep_every_steps):
             delete_checkpoint(path)
+
+
+def find_fallback(checkpoints: Sequence[Path]) -> Path | None:
+    """Return the newest checkpoint with weights that a later update began with, if the newest one of all has others.
+
+    If an update broke the weights, no later step makes one, and all later checkpoints hold the broken weights.
+    """
+    if not checkpoints:
+        return None
+    try:
+        state = orjson.loads((checkpoints[-1] / STATE_FILE).read_bytes())
+        step, num_until_update = get_step(checkpoints[-1]), int(state.get("num_until_update", state["step"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    earlier = [path for path in checkpoints if get_step(path) < num_until_update < step]
+    return next((path for path in reversed(earlier) if read_manifest(path).damage is None), None)
 
 
 def find_best_checkpoints(run_folder: Path, checkpoints: Sequence[Path], keep_best: int) -> set[Path]:

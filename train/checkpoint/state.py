@@ -35,6 +35,7 @@ class TrainState:
     samples_seen: int = 0
     num_bad: int = 0  # samples skipped so far
     num_non_finite: int = 0  # steps without an update, because loss or gradient was not finite
+    num_until_update: int = 0  # steps done by the last one with an update
     # Replaced and never changed in place, because a checkpoint may be writing it.
     feedback: FeedbackState = field(default_factory=FeedbackState)
     # Network → hash, of the base model's networks with frozen weights, which checkpoints do not hold.
@@ -59,6 +60,7 @@ class TrainState:
         """Read `trainer_state.json`; settings that were saved with an old name get their current one."""
         state = orjson.loads((folder / STATE_FILE).read_bytes())
         rename_settings(state["config"])
+        state.setdefault("num_until_update", state["step"])  # before version 0.3.0
         if "feedback" in state:  # since version 0.3.0
             state["feedback"] = FeedbackState.parse(state["feedback"])
         return TrainState(**state)

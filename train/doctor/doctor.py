@@ -32,7 +32,11 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.doctor.memory import examine_memory, examine_presets
 from sdxl_trainer.train.doctor.scratch import leave_no_index, open_scratch_run
 from sdxl_trainer.train.engine.deepspeed_config import resolve_zero_stage
-from sdxl_trainer.train.estimates.checkpoint_size import compute_checkpoint_bytes, compute_snapshot_sizes
+from sdxl_trainer.train.estimates.checkpoint_size import (
+    compute_checkpoint_bytes,
+    compute_snapshot_sizes,
+    count_checkpoints,
+)
 from sdxl_trainer.train.estimates.duration import describe_duration
 from sdxl_trainer.train.estimates.measured_memory import list_gpu_memory_bytes
 from sdxl_trainer.train.estimates.preset_choice import compute_usable_bytes
@@ -74,8 +78,7 @@ def examine_all(
     gpu_names = [torch.cuda.get_device_name(number) for number in range(torch.cuda.device_count())]
     yield Finding("time", describe_duration(config, num_steps, world_size, gpu_names))
     shapes = list_shapes(config)
-    num_checkpoints = config.checkpoint.keep_last + config.checkpoint.keep_best + 1  # one is being written
-    checkpoint_bytes = compute_checkpoint_bytes(config, shapes) * num_checkpoints
+    checkpoint_bytes = compute_checkpoint_bytes(config, shapes) * count_checkpoints(config)
     snapshots = compute_snapshot_sizes(config, shapes, num_steps or 0)
     if snapshots.number:
         yield Finding("ema.lengths", snapshots.describe())

@@ -1,12 +1,14 @@
 """Sizes of checkpoints and of snapshots of averages on disk, estimated before a run."""
 
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from sdxl_trainer.configs.problems import format_count
+from sdxl_trainer.configs.problems import Problem, format_count
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.train.estimates.memory import AVERAGE_BYTES, WEIGHT_BYTES
+from sdxl_trainer.train.estimates.memory_table import format_gb
 from sdxl_trainer.train.estimates.optimizer_state import count_master_bytes, count_moments
 
 
@@ -23,6 +25,26 @@ def compute_checkpoint_bytes(config: Config, shapes: Sequence[Sequence[int]]) ->
     bytes_per_weight = WEIGHT_BYTES[config.engine.precision] + count_master_bytes(config.engine)
     bytes_per_weight += AVERAGE_BYTES * config.ema.num_averages
     return num_trained * bytes_per_weight + count_moments(config.engine, config.optim, shapes)
+
+
+def count_checkpoints(config: Config) -> int:
+    """Return how many checkpoints a run has at a time at most: those it keeps, and one that is being written."""
+    return config.checkpoint.keep_last + config.checkpoint.keep_best + 1
+
+
+def check_checkpoint_space(config: Config, shapes: Sequence[Sequence[int]]) -> Iterator[Problem]:
+    """Yield a problem if the disk of the run folder has no space for its checkpoints besides those that are there.
+
+    Args:
+        shapes: of the trained weights, as for `compute_checkpoint_bytes`.
+    """
+    folder, number = config.run.folder, count_checkpoints(config)
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    needed, free = number * compute_checkpoint_bytes(config, shapes), shutil.disk_usage(place).free
+    kept = sum(path.stat().st_size for path in (folder / "checkpoints").rglob("*") if path.is_file())
+    if needed > free + kept:
+        rule = f"has {format_gb(free)} free, and {number} checkpoints need about {format_gb(needed)}"
+        yield Problem("run.dir", folder, rule, "free some space, or choose another run.dir")
 
 
 class SnapshotSizes(NamedTuple):

@@ -7,6 +7,7 @@ from typing import Any
 from loguru import logger
 
 from sdxl_trainer.cache.encode.cache_vae import CacheVae, check_cache_vae, describe_vae
+from sdxl_trainer.cache.encode.caption_lengths import check_caption_lengths
 from sdxl_trainer.cache.encode.text_caching import check_cached_text
 from sdxl_trainer.cache.models.source import ModelSource, is_vae_local
 from sdxl_trainer.cache.models.vae import read_local_vae_config, read_vae_config, resolve_vae_model
@@ -220,7 +221,8 @@ def list_doubts(config: Config, index: Index) -> list[Problem]:
     Raises:
         StoreError: a store cannot be read.
     """
-    return [*check_unused(config), *check_warmup(config), *check_latent_scale(config, index)]
+    of_captions = check_caption_lengths(config, index)
+    return [*check_unused(config), *check_warmup(config), *check_latent_scale(config, index), *of_captions]
 
 
 def warn_of_doubts(config: Config, index: Index) -> None:

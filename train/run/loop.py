@@ -239,6 +239,8 @@ def record_step(run: Run, result: StepResult) -> None:
         run.state.feedback = run.objective.feedback.finish_step()
     advance_position(run.state, run.plan)
     run.state.num_bad += result.num_bad
+    if result.updated:
+        run.state.num_until_update = run.state.step
 
 
 def require_good_samples(run: Run, num_bad: int) -> None:

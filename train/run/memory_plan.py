@@ -22,6 +22,7 @@ from sdxl_trainer.data.order.plan import Plan
 from sdxl_trainer.launch.activity import ACTIVITY
 from sdxl_trainer.launch.distributed import Ranks, count_ranks_here, gather_objects
 from sdxl_trainer.launch.machine import read_host_memory_bytes
+from sdxl_trainer.train.estimates.checkpoint_size import check_checkpoint_space
 from sdxl_trainer.train.estimates.memory_choice import MemoryPlan, describe_lack, plan_memory
 from sdxl_trainer.train.estimates.memory_table import HEADROOM, MemoryLimits, MemoryTable, format_gb
 from sdxl_trainer.train.estimates.networks import get_area, measure_networks
@@ -42,7 +43,8 @@ class RankMemory(NamedTuple):
 def plan_run_memory(config: Config, source: ModelSource, plan: Plan, ranks: Ranks, kept: str) -> MemoryPlan:
     """Estimate the memory of this run on these ranks, and choose gradient checkpointing if that is `auto`.
 
-    All ranks call it together and get the same result. Rank 0 logs the choice, and warns of too little memory.
+    All ranks call it together and get the same result. Rank 0 logs the choice, and warns of too little memory or disk
+    space.
 
     Args:
         kept: the choice in the checkpoint that the run resumes from; "" if there is none.
@@ -63,7 +65,7 @@ def plan_run_memory(config: Config, source: ModelSource, plan: Plan, ranks: Rank
     if ranks.is_main:
         if planned.reason:
             logger.info("engine.gradient_checkpointing: {}", planned.reason)
-        for problem in check_room(planned.table, cure):
+        for problem in (*check_room(planned.table, cure), *check_checkpoint_space(planned.config, sizes.shapes)):
             logger.warning("{}: {} {}; {}", problem.key, problem.value, problem.rule, problem.cure)
     return planned
 

@@ -15,10 +15,12 @@ from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.loading.micro_batch import MicroBatch
 from sdxl_trainer.launch.distributed import gather_objects
+from sdxl_trainer.train.checkpoint.folder import find_fallback, list_checkpoints
 from sdxl_trainer.train.objective.loss_feedback import MicroLosses, NoiseLevels
 from sdxl_trainer.train.run.run import Run
 
 MAX_SHOWN = 8
+MIN_BROKEN_STEPS = 3  # in a row without an update, from which on the weights and not the samples are suspected
 
 
 class NonFiniteError(FailedError):
@@ -110,10 +112,17 @@ def handle_skipped_update(run: Run, loss: float, samples: Sequence[NonFiniteSamp
         if train.on_non_finite == "stop"
         else f"raise train.max_non_finite_steps, of which all {train.max_non_finite_steps} are used"
     )
+    cure = f"repair or remove these samples; lower optim.lr if the loss rose in earlier steps; or {limit}"
+    fallback = find_fallback(list_checkpoints(run.checkpoints.folder))
+    if fallback is not None and state.step - state.num_until_update >= MIN_BROKEN_STEPS - 1:
+        cure = (
+            f"the last update, that of step {state.num_until_update - 1}, has probably broken the weights. Delete the "
+            f"checkpoints after {fallback} and lower optim.lr; the same command resumes from there"
+        )
     raise NonFiniteError(
         f"the {cause} in step {state.step}, which made no update; the state before it is saved.\n"
         f"samples: {keys}; see {run.folder / 'logs'}/bad_samples*.jsonl\n"
-        f"cure: repair or remove these samples; lower optim.lr if the loss rose in earlier steps; or {limit}"
+        f"cure: {cure}"
     )
 
 

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
+from loguru import logger
 from PIL import Image
 
 from sdxl_trainer.cache.encode.text_encoder import move_tokens
@@ -71,6 +73,11 @@ class ImageGenerator:
         shape = (1, self.unet.config.in_channels, prompt.height_px // VAE_FACTOR, prompt.width_px // VAE_FACTOR)
         x0 = self.sample(predict, shape, prompt)
         pixels = decode_latents(self.vae, x0, self.latent_statistics)
+        if not pixels.isfinite().all():
+            logger.warning(
+                "the image of {!r} is not finite and so black in places: the weights are broken", prompt.text
+            )
+            pixels = pixels.nan_to_num(-1.0)
         images: Any = VaeImageProcessor().postprocess(pixels)
         return images[0]
 
@@ -100,10 +107,19 @@ class ImageGenerator:
         kept = (self.conditioner.kept_prompts or {}).get(text)
         if kept is not None:
             return TextEmbeddings(*(states.to(self.unet.device) for states in kept))
+        num_tokens = max(tokenizer.count_tokens(text, self.weighted) for tokenizer in self.tokenizers)
+        if num_tokens > self.max_tokens:
+            warn_of_long_prompt(text, num_tokens, self.max_tokens)
         device = next(self.conditioner.encoders.encoder.parameters()).device
         tokens = encode_captions(self.tokenizers, [text], self.max_tokens, self.weighted)
         hidden, pooled = self.conditioner.encode(*move_tokens(tokens, device))
         return TextEmbeddings(hidden.to(self.dtype), pooled.to(self.dtype))
+
+
+@lru_cache
+def warn_of_long_prompt(text: str, num_tokens: int, max_tokens: int) -> None:
+    """Log once that the end of a prompt is not read."""
+    logger.warning("data.max_tokens = {} cuts off the end of a prompt of {} tokens: {}", max_tokens, num_tokens, text)
 
 
 def build_image_generator(

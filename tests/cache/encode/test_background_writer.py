@@ -9,7 +9,7 @@ from cache_samples import make_entry, make_sample
 
 from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.storage import EncodedItem, NpzStorage
-from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_latest
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, TextPart, read_latest
 
 SAMPLE = make_sample()
 
@@ -121,6 +121,14 @@ def test_an_item_that_no_file_can_hold_is_skipped_and_the_others_go_on(tmp_path)
         writer.submit(make_item(key))
     writer.close()
     assert sorted(skipped) == sorted(bad) and set(read_latest(tmp_path)) == set(good)
+
+
+def test_latents_whose_text_has_too_long_a_name_leave_no_file(tmp_path):
+    name = "x" * 245
+    entry = replace(make_entry(name), text=TextPart(f"{name}_te_outputs.npz", 0, "", "", "", 1))
+    with pytest.raises(OSError, match="too long"):
+        NpzStorage(tmp_path, "float32").write_packed(entry, b"latents", b"{}", b"text")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_error_of_the_last_item_reaches_close(tmp_path):

@@ -19,15 +19,15 @@ from sdxl_trainer.train.checkpoint.state import TrainState
 from sdxl_trainer.train.checkpoint.writer import CheckpointWriter, count_tensor_bytes, estimate_bytes
 
 
-def write_rank(folder: Path, rank: int, step: int, world_size: int = 2, token: str = "t") -> Path:
+def write_rank(folder: Path, rank: int, step: int, world_size: int = 2, token: str = "t", **state: int) -> Path:
     writer = CheckpointWriter(folder=folder, rank=rank, world_size=world_size, token=token, keep_last=2)
     files = {f"state/rank_{rank}.pt": {"weights": torch.full((5, 3), float(rank)), "step": step}}
-    return writer.write_shard(files, TrainState(step=step, epoch=1, index=2, world_size=world_size))
+    return writer.write_shard(files, TrainState(step=step, epoch=1, index=2, world_size=world_size, **state))
 
 
-def make_checkpoint(folder: Path, step: int) -> Path:
+def make_checkpoint(folder: Path, step: int, **state: int) -> Path:
     for rank in range(2):
-        partial = write_rank(folder, rank, step)
+        partial = write_rank(folder, rank, step, **state)
     sealed = checkpoints.seal_checkpoint(partial)
     assert sealed is not None
     return sealed
@@ -152,6 +152,20 @@ def test_the_oldest_are_deleted_except_milestones(tmp_path: Path) -> None:
     checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=4)
     assert [path.name for path in checkpoints.list_checkpoints(tmp_path)] == [f"step-{step:08d}" for step in (4, 8, 9)]
     assert not (tmp_path / "step-00000002").exists()
+
+
+@pytest.mark.parametrize(
+    ("num_until_update", "kept"),
+    [(16, (14, 16)), (15, (14, 16)), (13, (12, 14, 16)), (9, (8, 14, 16)), (4, (14, 16)), (0, (14, 16))],
+)
+def test_a_checkpoint_of_before_the_last_update_is_kept(
+    tmp_path: Path, num_until_update: int, kept: tuple[int, ...]
+) -> None:
+    """The last update of the newest checkpoint may have broken the weights of all checkpoints after it."""
+    for step in (4, 8, 12, 14, 16):
+        make_checkpoint(tmp_path, step, num_until_update=min(step, num_until_update))
+    checkpoints.prune_checkpoints(tmp_path, keep_last=2, keep_every_steps=0)
+    assert [checkpoints.get_step(path) for path in checkpoints.list_checkpoints(tmp_path)] == list(kept)
 
 
 def test_a_lack_of_space_is_found_before_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,28 @@ def read_losses(run: Path) -> list[float | None]:
     return [line["loss"] for line in read_metrics(run / "logs" / "metrics.jsonl")]
 
 
+def test_a_run_can_go_back_before_the_update_that_broke_its_weights(cached_folder: Path, tmp_path: Path) -> None:
+    """The third step moves each weight by 1e30, so that no later step makes an update."""
+    words = ["--cfg", cached_folder / "tiny.yaml", f"run.dir={tmp_path}", "run.name=run", "sample.prompts=[]"]
+    words += [
+        "checkpoint.every_steps=2",
+        "checkpoint.keep_last=1",
+        "validation.share=0",
+        "train.max_non_finite_steps=5",
+    ]
+    run_program("train/main.py", *words, "train.max_steps=2")
+    broken = ["train.max_steps=30", "optim.lr=1.0e+30"]
+    printed = run_program("train/main.py", *words, *broken, expect=1)
+    folder = tmp_path / "run" / "checkpoints"
+    assert "the last update, that of step 2, has probably broken the weights" in printed
+    assert f"Delete the checkpoints after {folder / 'step-00000002'}" in printed
+    first, last = list_checkpoints(folder)
+    assert (first.name, last.name) == ("step-00000002", "step-00000008")
+    shutil.rmtree(last)
+    printed = run_program("train/main.py", *words, "train.max_steps=4")
+    assert "made no update" not in printed and TrainState.load(list_checkpoints(folder)[-1]).step == 4
+
+
 def test_samples_are_named_and_the_policy_is_kept(cached_folder: Path, spoilt_cache: tuple[Path, str]) -> None:
     """A run on one rank skips each bad step and continues. Two ranks may skip one step; they stop at the second,
     and save the state before it."""
