@@ -64,10 +64,11 @@ class BadImages:
             ):
                 self.lines.append(line)
                 plan.counts["bad"] += 1
-                plan.counts["new" if plan.counts["new"] else "changed"] -= 1
+                state = next(state for state in ("new", "changed", "missing", "stale") if plan.counts[state])
+                plan.counts[state] -= 1
             else:
                 kept.append(item)
-        plan.items[:] = kept
+        plan.keep_items(kept)
 
     def add(self, key: str, file: str, error: Exception) -> None:
         """List an image, and warn of it."""

@@ -108,7 +108,8 @@ class EncodePlan:
         counts: number of latents in each of `STATES`, and of images with captions to encode (`text`), with a mask
             (`masked`), and with latents named by the record (`given`).
         refreshed: entries of files with new times and the same content, which only need a new line in the manifest.
-        bytes_needed: estimated size on disk of the new files.
+        latent_bytes: estimated size on disk of the new latents.
+        text_bytes: that of the new text encoder outputs.
         num_pixels: pixels of all items' buckets.
     """
 
@@ -118,8 +119,14 @@ class EncodePlan:
     texts: list[TextItem] = field(default_factory=list)
     counts: Counter = field(default_factory=Counter)
     refreshed: list[ManifestEntry] = field(default_factory=list)
-    bytes_needed: int = 0
+    latent_bytes: int = 0
+    text_bytes: int = 0
     num_pixels: int = 0
+
+    @property
+    def bytes_needed(self) -> int:
+        """Estimated size on disk of the new files."""
+        return self.latent_bytes + self.text_bytes
 
     @property
     def num_items(self) -> int:
@@ -140,13 +147,20 @@ class EncodePlan:
         """Add an image of `num_pixels` whose latents take `block_bytes` for each 8x8 block of pixels."""
         self.items.append(item)
         self.num_pixels += num_pixels
-        self.bytes_needed += num_pixels * block_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
-        self.bytes_needed += num_pixels * MASK_BYTES_PER_PX if item.mask_path is not None else 0
+        self.latent_bytes += num_pixels * block_bytes // VAE_FACTOR**2 + ITEM_OVERHEAD_BYTES
+        self.latent_bytes += num_pixels * MASK_BYTES_PER_PX if item.mask_path is not None else 0
+
+    def keep_items(self, kept: Sequence[WorkItem]) -> None:
+        """Keep some of the images. Their pixels and bytes are estimated by their number."""
+        num_items = max(1, len(self.items))
+        self.num_pixels = self.num_pixels * len(kept) // num_items
+        self.latent_bytes = self.latent_bytes * len(kept) // num_items
+        self.items[:] = kept
 
     def count_text(self, num_bytes: int) -> None:
         """Count an image whose captions are to be encoded, with the size of their outputs."""
         self.counts["text"] += 1
-        self.bytes_needed += num_bytes
+        self.text_bytes += num_bytes
 
 
 class EntryState(NamedTuple):

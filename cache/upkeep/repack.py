@@ -16,7 +16,7 @@ from sdxl_trainer.cache.encode.storage import (
     verify_text_item,
 )
 from sdxl_trainer.cache.upkeep.verify import verify_shards
-from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_entries
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -69,9 +69,12 @@ def replace_outdated_shards(
 ) -> list[str]:
     """Replace shards that hold outdated samples or have a damaged end, and return the names of the replaced shards.
 
-    Valid items are copied into new shards before the old ones are deleted. A shard with an unreadable item stays.
+    Valid items are copied into new shards before the old ones are deleted. A shard with an unreadable item stays. So
+    does one that no line of the manifest names, not even an outdated line: it may be the user's.
     """
     outdated = set(verify_shards(folder, entries.values()))
+    if outdated:
+        outdated &= {file for entry in read_entries(folder) for file in _list_entry_files(entry)}
     listed: dict[str, list[ManifestEntry]] = {file: [] for file in outdated}
     for entry in entries.values():
         if entry.file in outdated:

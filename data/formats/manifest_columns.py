@@ -5,6 +5,7 @@ are written from them when no job runs (`--compact`), and small files of columns
 audit a cache with them. Each page has a checksum, and a damaged group of rows is skipped as damaged lines are.
 """
 
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from itertools import islice
@@ -168,7 +169,7 @@ def merge_small_files(paths: Sequence[Path]) -> list[Path]:
     """Merge files of fewer than SMALL_ROWS rows into files of at least that many, and return all files.
 
     Of several rows of a key the last one in a file counts, so that merged rows are in the order of their numbers. Files
-    that are damaged, or whose numbers do not rise, stay as they are.
+    that are damaged, or whose numbers fall, stay as they are.
     """
     kept: list[Path] = []
     waiting: list[tuple[Path, pa.Table]] = []
@@ -185,7 +186,7 @@ def merge_small_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _read_ordered(path: Path) -> pa.Table | None:
-    """Return the rows of a small file whose numbers rise, or None."""
+    """Return the rows of a small file whose numbers do not fall, or None. Those of several ranks may be equal."""
     try:
         if pq.read_metadata(path).num_rows >= SMALL_ROWS:
             return None
@@ -193,7 +194,7 @@ def _read_ordered(path: Path) -> pa.Table | None:
         return None
     damaged: list[str] = []
     table = pa.Table.from_batches(read_columns(path, damaged), SCHEMA)
-    is_ordered = not damaged and np.all(np.diff(table.column("listed_ns").to_numpy()) > 0)
+    is_ordered = not damaged and np.all(np.diff(table.column("listed_ns").to_numpy()) >= 0)
     return table if is_ordered else None
 
 
@@ -204,12 +205,12 @@ def _merge_files(files: Sequence[tuple[Path, pa.Table]]) -> Path:
     table = pa.concat_tables([table for _, table in files])
     table = table.take(np.argsort(table.column("listed_ns").to_numpy(), kind="stable"))
     highest = table.column("listed_ns")[-1].as_py()
-    merged = files[0][0].with_name(f"part-merged-{highest:x}{SUFFIX}")
+    # Parts of several ranks may have the same highest number.
+    merged = files[0][0].with_name(f"part-merged-{highest:x}-{secrets.token_hex(4)}{SUFFIX}")
     write_columns(merged, table.to_batches(max_chunksize=ROWS_PER_GROUP))
     sync_folder(merged.parent)
     for path, _ in files:
-        if path != merged:
-            path.unlink()
+        path.unlink()
     return merged
 
 

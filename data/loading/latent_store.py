@@ -1,5 +1,6 @@
 """Read the latents of rows of an index from npz files, from shards on disk, and from shards on a store."""
 
+import hashlib
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -109,9 +110,17 @@ class LatentStore:
         return [contents[span] if span in contents else _read_whole(self._copies, span) for span in spans]
 
     def _read_copy(self, row: Row, bucket: Size) -> LatentSample | None:
-        """Read a sample from its local copy; None if there is no copy, or if the copy's checksums do not match."""
+        """Read a sample from its local copy; None if there is no copy, or if the copy's checksums do not match.
+
+        Without a catalogue of the shard, only the manifest's checksum tells a copy of an earlier cache at the same URL.
+        """
         content = None if self._copies is None else self._copies.read(*_get_span(row))
-        sample = None if content is None else _parse(_get_span(row), content, bucket, self._channels)
+        if self._copies is None or content is None:
+            return None
+        if row["sha256"] and hashlib.sha256(content).digest() != row["sha256"]:
+            self._copies.drop_whole(row["file"])
+            return None
+        sample = _parse(_get_span(row), content, bucket, self._channels)
         return sample if isinstance(sample, LatentSample) else None
 
 

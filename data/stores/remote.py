@@ -294,9 +294,15 @@ def _read_once(spans: Sequence[RemoteSpan]) -> list[Any]:
     return results
 
 
+def _is_beyond_end(error: Exception) -> bool:
+    """Return whether an error says that an object ends before a span. A number in its text may be part of the URL."""
+    statuses = (getattr(error, name, None) for name in ("status", "code", "status_code"))
+    return 416 in statuses or re.search("range.*not satisfiable|InvalidRange", str(error), re.I) is not None
+
+
 def _verify_answer(result: Any, span: RemoteSpan) -> Any:
     """Return a store's answer to a span, b"" if the object ends before the span, or an error for a whole file."""
-    if isinstance(result, Exception) and re.search("range.*not satisfiable|\\b416\\b", str(result), re.I):
+    if isinstance(result, Exception) and _is_beyond_end(result):
         return b""
     if not isinstance(result, Exception) and len(result) > span.size:
         return NoRangesError(f"{span.url}: the server sends only whole files; set data.remote_shards.shuffle_shards")

@@ -84,6 +84,10 @@ class ShardCopies:
         """Return whether a copy of the whole shard exists."""
         return self._get_path(url, WHOLE_SUFFIX).exists()
 
+    def drop_whole(self, url: str) -> None:
+        """Delete the copy of a whole shard, which has other bytes than the shard."""
+        self._get_path(url, WHOLE_SUFFIX).unlink(missing_ok=True)
+
     def fetch(self, url: str, wait: bool = True) -> None:
         """Copy a whole shard unless a copy exists. Only one process at a time copies a shard.
 

@@ -7,7 +7,7 @@ import pytest
 
 from sdxl_trainer.cache.encode.bad_images import BadImages, hash_rules, write_bad_images
 from sdxl_trainer.cache.encode.decoder import WorkItem
-from sdxl_trainer.cache.encode.encode_plan import EncodePlan
+from sdxl_trainer.cache.encode.encode_plan import ITEM_OVERHEAD_BYTES, EncodePlan
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks.bad_limit import are_too_many
 from sdxl_trainer.data.checks.unusable_images import get_bad_images_file
@@ -50,13 +50,17 @@ def test_unchanged_images_with_bad_bytes_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "gone").unlink()
     for rules, left_out in (("rules", ["bytes", "refused"]), ("other rules", [])):
         items = [WorkItem(key=key, image_path=str(tmp_path / key), file="f") for key in [*errors, "new"]]
-        plan = EncodePlan(rule=BucketRule(512, 256, 1024, 64), identity="i", items=items)
+        plan = EncodePlan(rule=BucketRule(512, 256, 1024, 64), identity="i")
+        for item in items:
+            plan.add_item(item, 512 * 512, 16)
         plan.counts["new"] = len(items)
         again = BadImages(tmp_path, rules)
         again.leave_out_known(plan)
         assert [line["key"] for line in again.lines] == left_out
         assert [item.key for item in plan.items] == [key for key in [*errors, "new"] if key not in left_out]
         assert plan.counts["bad"] == len(left_out) and plan.counts["new"] == len(plan.items)
+        assert plan.num_pixels == len(plan.items) * 512 * 512, "the trial encodes images of the average size"
+        assert plan.bytes_needed == len(plan.items) * (512 * 512 // 4 + ITEM_OVERHEAD_BYTES)
 
 
 def test_other_settings_try_all_again_but_not_another_limit() -> None:

@@ -1,6 +1,7 @@
 """Storage that fails for a moment: transient errors are retried, stale handles reopened, permanent errors reported."""
 
 import errno
+import hashlib
 import os
 import threading
 import time
@@ -20,8 +21,10 @@ from sdxl_trainer.data.formats.manifest import TextIdentity
 from sdxl_trainer.data.formats.shards import OpenFile
 from sdxl_trainer.data.formats.text_cache import read_text_state, write_text_state
 from sdxl_trainer.data.formats.text_outputs import BadTextError, TextOutputs, pack_text, read_text_variant
+from sdxl_trainer.data.loading import latent_store
 from sdxl_trainer.data.loading.latent_store import LatentStore
 from sdxl_trainer.data.stores import remote
+from sdxl_trainer.data.stores.shard_copies import ShardCopies
 
 BUCKET = (64, 64)
 
@@ -73,6 +76,39 @@ def test_reads_of_latents_are_retried_after_transient_errors(
         assert isinstance(found, LatentSample) and np.array_equal(found.latents, latents)
     else:
         assert isinstance(found, BadLatentError) and os.strerror((codes or [0])[-1]) in str(found)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_beyond"),
+    [
+        (OSError("503, message='Service Unavailable', url='http://host/set/416.tar'"), False),
+        (FileNotFoundError("http://host/set/416.tar"), False),
+        (OSError("[Errno 22] The requested range is not satisfiable"), True),
+        (OSError("An error occurred (InvalidRange) when calling the GetObject operation"), True),
+        (type("ClientResponseError", (OSError,), {"status": 416})("Requested"), True),
+    ],
+)
+def test_a_number_in_the_name_of_a_shard_is_no_answer(error: Exception, is_beyond: bool) -> None:
+    """Samples beyond the end of a shard are bad; errors of the store are not the samples' fault."""
+    span = remote.RemoteSpan("http://host/set/416.tar", 0, 5)
+    assert remote._verify_answer(error, span) == (b"" if is_beyond else error)
+
+
+def test_copies_of_another_cache_at_the_same_url_are_not_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = [np.full((4, 8, 8), value, np.float32) for value in (1, 2)]
+    old, new = (
+        pack_latents(LatentSample(latents=each, original_size=BUCKET, crop_ltrb=(0, 0, *BUCKET))) for each in latents
+    )
+    monkeypatch.setattr(latent_store, "read_spans", lambda spans: [new for _ in spans])
+    copies = ShardCopies(tmp_path, 1 << 30, lambda _: "copy")
+    row = {"file": "s3://bucket/x.tar", "offset": 0, "bytes": len(new), "sha256": hashlib.sha256(new).digest()}
+    for whole in (True, False):
+        (tmp_path / ("copy.tar" if whole else "copy.holes")).write_bytes(old)
+        (found,) = LatentStore(tmp_path, copies).read([row], BUCKET)
+        assert isinstance(found, LatentSample) and np.array_equal(found.latents, latents[1])
+    assert copies.read(row["file"], 0, len(new)) == new
+    (found,) = LatentStore(tmp_path, copies).read([row | {"sha256": None}], BUCKET)
+    assert isinstance(found, LatentSample) and np.array_equal(found.latents, latents[1])
 
 
 @pytest.mark.parametrize("kind", ["text", "variants", "text state", "header"])
