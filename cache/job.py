@@ -97,6 +97,7 @@ class RankResult:
 
     progress: RankProgress
     bad: list[dict[str, Any]]  # see write_bad_images
+    untried: list[dict[str, Any]]  # lines of images that a repair does not try
     interrupted: int | None = None  # number of the signal that stopped the rank
 
 
@@ -138,8 +139,7 @@ def run_job(
         ACTIVITY.enter("planning the work")
         plans = [planner.plan(part) for part in parts]
         bad = BadImages(folder, hash_rules(config), ranks.world_size)
-        for plan in plans:
-            bad.leave_out_known(plan)
+        bad.leave_out_known(plans, keys if known_only else ())
         shares = gather_objects([plan.totals for plan in plans])
         report_plan_of_ranks(config.data, target, index, shares, ranks)
         ACTIVITY.enter("loading the networks")
@@ -353,7 +353,7 @@ def encode_plans(
                 "command again"
             ) from error
     reporter.progress.bytes_written = writer.bytes_written
-    return RankResult(reporter.progress, bad.lines, interrupted)
+    return RankResult(reporter.progress, bad.lines, bad.untried, interrupted)
 
 
 def finish(config: Config, target: CacheTarget, num_images: int, results: list[RankResult], ranks: Ranks) -> None:
@@ -367,7 +367,7 @@ def finish(config: Config, target: CacheTarget, num_images: int, results: list[R
     bad = [line for result in results for line in result.bad]
     file, folder = None, target.folder
     if ranks.is_main:
-        file = write_bad_images(folder, bad)
+        file = write_bad_images(folder, [*bad, *(line for result in results for line in result.untried)])
         target.finish()
         if not signals:
             target.replace_shards(config.cache)

@@ -5,6 +5,7 @@ import gc
 import io
 import logging
 import os
+import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -31,6 +32,7 @@ from sdxl_trainer.launch.status import (
 # A launcher kills all ranks when the first one ends, so the others give rank 0 this long to print the reason.
 RANK_ZERO_SECONDS = 10
 ALLOCATOR_VARIABLES = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")  # before torch 2.9, and from then on
+MAX_OPEN_FILES = 1 << 18
 TRACKER_FILTER = "ignore:resource_tracker"
 OVERRIDES_HELP = "settings that override the file's, such as optim.lr=1e-5"
 DRY_RUN_HELP = "check everything up to the first step, then stop"
@@ -123,11 +125,12 @@ def run_program(work: Callable[[], None], resumes: bool = False) -> int:
 
 
 def prepare_process() -> None:
-    """Stop with the launcher, print any character, and keep a killed process from leaving a warning on the terminal.
+    """Stop with the launcher, open many files, print any character, and leave no warning of a killed process.
 
     The launch scripts set PYTHONUTF8. Without it, files whose names are not ASCII cannot be found in another locale.
     """
     stop_with_launcher()
+    allow_open_files()
     logging.getLogger("DeepSpeed").addFilter(_is_news)
     if sys.getfilesystemencoding() != "utf-8" and _is_rank_zero():
         encoding = sys.getfilesystemencoding()
@@ -143,6 +146,14 @@ def prepare_process() -> None:
     if not os.environ.keys() & set(ALLOCATOR_VARIABLES):
         release = tuple(int(number) for number in version("torch").split(".")[:2])
         os.environ[ALLOCATOR_VARIABLES[release >= (2, 9)]] = "expandable_segments:True"
+
+
+def allow_open_files() -> None:
+    """Raise the limit of open files: an index on a store has a file for each shard, and each one mapped is open."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_OPEN_FILES if hard == resource.RLIM_INFINITY else min(MAX_OPEN_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _is_news(record: logging.LogRecord) -> bool:

@@ -6,7 +6,7 @@ whose bytes are at fault: `source` holds the file's size and time, and a hash of
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,18 +42,29 @@ class BadImages:
 
     Attributes:
         lines: a line for `write_bad_images` for each bad image.
+        untried: lines of an earlier job of images that this one does not try.
     """
 
     def __init__(self, folder: Path, rules: str, num_ranks: int = 1):
         self._rules = rules
-        self._known = _read_known(get_bad_images_file(folder), rules)
+        self._listed = _read_lines(get_bad_images_file(folder))
+        self._known = {key: line for key, line in self._listed.items() if _is_known(line, rules)}
         self._warnings = CountedWarnings("skipped bad image", get_bad_images_file(folder), num_ranks)
         self.lines: list[dict[str, Any]] = []
+        self.untried: list[dict[str, Any]] = []
 
-    def leave_out_known(self, plan: EncodePlan) -> None:
-        """Remove images from a plan that were bad in an earlier job and have not changed since."""
-        if not self._known:
-            return
+    def leave_out_known(self, plans: Sequence[EncodePlan], kept_keys: Container[str] = ()) -> None:
+        """Remove images from plans that were bad in an earlier job and have not changed since.
+
+        Args:
+            kept_keys: keys of images whose lines are kept although no plan has them: a repair tries no new images.
+        """
+        for plan in plans if self._known else ():
+            self._leave_out_of(plan)
+        planned = {item.key for plan in plans for item in plan.items} | {line["key"] for line in self.lines}
+        self.untried = [line for key, line in self._listed.items() if key in kept_keys and key not in planned]
+
+    def _leave_out_of(self, plan: EncodePlan) -> None:
         kept = []
         for item in plan.items:
             line = self._known.get(item.key)
@@ -119,18 +130,23 @@ def _is_lasting(error: Exception) -> bool:
     return isinstance(error, BadImageError) and not isinstance(error, (BadMaskError, SharedFileError)) and not may_pass
 
 
-def _read_known(file: Path, rules: str) -> dict[str, dict[str, Any]]:
-    """Read the lines of images that stay bad under these rules, by key. A line that cannot be read is left out."""
-    known = {}
+def _read_lines(file: Path) -> dict[str, dict[str, Any]]:
+    """Read the lines of bad images, by key. A line that cannot be read is left out."""
+    lines = {}
     try:
         content = file.read_bytes()
     except OSError:
-        return known
+        return lines
     for text in content.splitlines():
         try:
             line = orjson.loads(text)
-            if line["source"][2] == rules:
-                known[line["key"]] = line
+            lines[str(line["key"])] = line
         except (ValueError, LookupError, TypeError):
             continue
-    return known
+    return lines
+
+
+def _is_known(line: dict[str, Any], rules: str) -> bool:
+    """Return whether a line is of an image that stays bad under these rules."""
+    source = line.get("source")
+    return isinstance(source, list) and len(source) == 3 and source[2] == rules and "file" in line

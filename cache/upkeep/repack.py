@@ -15,8 +15,8 @@ from sdxl_trainer.cache.encode.storage import (
     verify_item,
     verify_text_item,
 )
-from sdxl_trainer.cache.upkeep.verify import verify_shards
-from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter, read_entries
+from sdxl_trainer.cache.upkeep.verify import list_entry_files, verify_shards
+from sdxl_trainer.data.formats.manifest import ManifestEntry, ManifestWriter
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -69,12 +69,9 @@ def replace_outdated_shards(
 ) -> list[str]:
     """Replace shards that hold outdated samples or have a damaged end, and return the names of the replaced shards.
 
-    Valid items are copied into new shards before the old ones are deleted. A shard with an unreadable item stays. So
-    does one that no line of the manifest names, not even an outdated line: it may be the user's.
+    Valid items are copied into new shards before the old ones are deleted. A shard with an unreadable item stays.
     """
     outdated = set(verify_shards(folder, entries.values()))
-    if outdated:
-        outdated &= {file for entry in read_entries(folder) for file in _list_entry_files(entry)}
     listed: dict[str, list[ManifestEntry]] = {file: [] for file in outdated}
     for entry in entries.values():
         if entry.file in outdated:
@@ -117,15 +114,11 @@ def remove_replaced(folder: Path, before: Mapping[str, ManifestEntry], after: Ma
     Adopted files stay: they belong to the program that made them.
     """
     ours = [entry for entry in before.values() if not entry.adopted or entry.offset is not None]
-    needed = {file for entry in after.values() for file in _list_entry_files(entry)}
-    replaced = {file for entry in ours for file in _list_entry_files(entry)} - needed
+    needed = {file for entry in after.values() for file in list_entry_files(entry)}
+    replaced = {file for entry in ours for file in list_entry_files(entry)} - needed
     for file in replaced:
         (folder / file).unlink(missing_ok=True)
     return len(replaced)
-
-
-def _list_entry_files(entry: ManifestEntry) -> list[str]:
-    return [entry.file] if entry.text is None else [entry.file, entry.text.file]
 
 
 def _name_files(entry: ManifestEntry, file: str) -> ManifestEntry:

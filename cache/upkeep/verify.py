@@ -4,12 +4,16 @@ import os
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
+from loguru import logger
+
 from sdxl_trainer.cache.encode.storage import list_shards, verify_item, verify_text_item
+from sdxl_trainer.configs.problems import format_count
 from sdxl_trainer.data.counted_warnings import CountedWarnings
-from sdxl_trainer.data.formats.manifest import ManifestEntry
+from sdxl_trainer.data.formats.manifest import ManifestEntry, read_entries
 from sdxl_trainer.data.formats.shards import compute_sample_span, compute_text_span, verify_shard_end
 from sdxl_trainer.data.index.moved_keys import drop_replaced_entries
 from sdxl_trainer.launch.activity import ACTIVITY
@@ -69,10 +73,25 @@ def warn_of_bad_items(text: str, reasons: Iterable[str], folder: Path) -> None:
 
 
 def verify_shards(folder: Path, entries: Iterable[ManifestEntry]) -> dict[str, str]:
-    """Find finished shards that have a wrong end or hold bytes of no listed item; file → reason."""
+    """Find finished shards that have a wrong end or hold bytes of no listed item; file → reason.
+
+    A shard that no line of the manifest names, not even an outdated line, may be the user's and is no fault.
+    """
+    entries = list(entries)
     taken = compute_shard_ends(list_shards(folder), entries)
     reasons = {file: verify_shard_end(folder / file, end) for file, end in taken.items()}
-    return {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
+    wrong = {file: f"{file}: {reason}" for file, reason in reasons.items() if reason is not None}
+    lines = chain(entries, read_entries(folder)) if wrong else ()
+    named = {file for entry in lines for file in list_entry_files(entry)}
+    if others := sorted(wrong.keys() - named):
+        found = format_count(len(others), "shard")
+        logger.info("no line of the manifest names {}, such as {}: left unchanged", found, others[0])
+    return {file: reason for file, reason in wrong.items() if file in named}
+
+
+def list_entry_files(entry: ManifestEntry) -> list[str]:
+    """List the files that hold an item: of its latents, and of its text encoder outputs if it has any."""
+    return [entry.file] if entry.text is None else [entry.file, entry.text.file]
 
 
 def compute_shard_ends(shards: Iterable[str], entries: Iterable[ManifestEntry]) -> dict[str, int]:

@@ -1,5 +1,6 @@
 """The limit of bad images, latents and samples, `data.max_bad_fraction`."""
 
+ROUNDING = 1e-9  # 0.29 * 100 is less than 29
 MIN_FAILING = 3  # bad items of a set that has others: 1 % of a small set is less than one item
 
 
@@ -11,7 +12,7 @@ def are_too_many(num_bad: float, max_bad_fraction: float, number: int) -> bool:
     Args:
         number: items of the set.
     """
-    return num_bad > max_bad_fraction * number and int(num_bad) > count_few(max_bad_fraction, number)
+    return num_bad > max_bad_fraction * number * (1 + ROUNDING) and int(num_bad) > count_few(max_bad_fraction, number)
 
 
 def count_few(max_bad_fraction: float, number: int) -> int:

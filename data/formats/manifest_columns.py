@@ -20,6 +20,7 @@ from sdxl_trainer.data.files import open_atomic, sync_folder
 
 SUFFIX = ".parquet"
 ROWS_PER_GROUP = 65_536
+MERGED = "part-merged-"  # beginning of the names of merged files
 SMALL_ROWS = 1 << 20  # files with fewer rows are merged
 HIGHEST = b"highest_number"
 SIZES = ("bucket", "original_size", "resized")
@@ -169,7 +170,7 @@ def merge_small_files(paths: Sequence[Path]) -> list[Path]:
     """Merge files of fewer than SMALL_ROWS rows into files of at least that many, and return all files.
 
     Of several rows of a key the last one in a file counts, so that merged rows are in the order of their numbers. Files
-    that are damaged, or whose numbers fall, stay as they are.
+    that are damaged, or whose numbers do not rise, stay as they are.
     """
     kept: list[Path] = []
     waiting: list[tuple[Path, pa.Table]] = []
@@ -186,7 +187,7 @@ def merge_small_files(paths: Sequence[Path]) -> list[Path]:
 
 
 def _read_ordered(path: Path) -> pa.Table | None:
-    """Return the rows of a small file whose numbers do not fall, or None. Those of several ranks may be equal."""
+    """Return the rows of a small file whose numbers rise, or None. A merged file has equal numbers of several ranks."""
     try:
         if pq.read_metadata(path).num_rows >= SMALL_ROWS:
             return None
@@ -194,7 +195,8 @@ def _read_ordered(path: Path) -> pa.Table | None:
         return None
     damaged: list[str] = []
     table = pa.Table.from_batches(read_columns(path, damaged), SCHEMA)
-    is_ordered = not damaged and np.all(np.diff(table.column("listed_ns").to_numpy()) >= 0)
+    least_rise = 0 if path.name.startswith(MERGED) else 1
+    is_ordered = not damaged and np.all(np.diff(table.column("listed_ns").to_numpy()) >= least_rise)
     return table if is_ordered else None
 
 
@@ -206,7 +208,7 @@ def _merge_files(files: Sequence[tuple[Path, pa.Table]]) -> Path:
     table = table.take(np.argsort(table.column("listed_ns").to_numpy(), kind="stable"))
     highest = table.column("listed_ns")[-1].as_py()
     # Parts of several ranks may have the same highest number.
-    merged = files[0][0].with_name(f"part-merged-{highest:x}-{secrets.token_hex(4)}{SUFFIX}")
+    merged = files[0][0].with_name(f"{MERGED}{highest:x}-{secrets.token_hex(4)}{SUFFIX}")
     write_columns(merged, table.to_batches(max_chunksize=ROWS_PER_GROUP))
     sync_folder(merged.parent)
     for path, _ in files:

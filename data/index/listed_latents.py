@@ -12,7 +12,7 @@ is damaged, `read_part` reads the part instead: it names damaged lines and skips
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -44,7 +44,7 @@ RENAMED = {
     "crop_top": "crop_top",
 }
 COLUMNS = [*RENAMED, *(name for name in LISTED_SCHEMA.names if name not in RENAMED.values())]
-SPAN_NAME = re.compile(r"listed-[0-9a-f]+-(\d+)-(\d+)-([0-9a-f]{8})\.arrow")
+SPAN_NAME = re.compile(r"listed-([0-9a-f]+)-(\d+)-(\d+)-([0-9a-f]{8})\.arrow")
 CRC_TAIL = len(CRC_MARK) + len('"00000000"}\n')  # bytes of a line's last field
 
 
@@ -91,20 +91,34 @@ class _Span(NamedTuple):
 def build_listed_latents(cache_folder: Path, folder: Path) -> ListedLatents:
     """Return files of latents with all lines of the manifest. Those that do not exist in `folder` are written."""
     listed, base = ListedLatents([], []), read_store_url(cache_folder) or ""
+    known = _list_spans(folder)
     for number, part in enumerate(list_manifest_parts(cache_folder)):
-        paths = _build_part(part, folder, base)
+        paths = _build_part(part, folder, base, known)
         listed.paths.extend(paths)
         listed.parts.extend([number] * len(paths))
     return listed
 
 
-def _build_part(part: Path, folder: Path, base: str) -> list[Path]:
-    """Return the files of a part of the manifest, with the URL `base` before its shards."""
+def _list_spans(folder: Path) -> dict[str, list[_Span]]:
+    """List the spans of parts of the manifest that have files, by the name of the part in them."""
+    spans: dict[str, list[_Span]] = {}
+    for path in folder.glob("listed-*.arrow"):
+        if match := SPAN_NAME.fullmatch(path.name):
+            spans.setdefault(match[1], []).append(_Span(int(match[2]), int(match[3]), int(match[4], 16)))
+    return spans
+
+
+def _build_part(part: Path, folder: Path, base: str, known: Mapping[str, list[_Span]]) -> list[Path]:
+    """Return the files of a part of the manifest, with the URL `base` before its shards.
+
+    Args:
+        known: spans that have files, by the name of the part (`_list_spans`).
+    """
     name = hashlib.sha256(orjson.dumps([VERSION, os.path.abspath(part)])).hexdigest()[:16]
     if part.suffix == manifest_columns.SUFFIX:
         return [_build_columns(part, folder, name, base)]
     end = _find_last_line_end(part)
-    spans = _find_spans(part, folder, name, end)
+    spans = _find_spans(part, folder, name, end, known.get(name, []))
     start = spans[-1].end if spans else 0
     if start < end:
         while spans and spans[-1].end - spans[-1].start < 2 * (end - start):
@@ -156,10 +170,8 @@ def _build_name(name: str, span: _Span) -> str:
     return f"listed-{name}-{span.start}-{span.end}-{span.crc:08x}.arrow"
 
 
-def _find_spans(part: Path, folder: Path, name: str, end: int) -> list[_Span]:
+def _find_spans(part: Path, folder: Path, name: str, end: int, spans: Sequence[_Span]) -> list[_Span]:
     """Return the spans from the beginning of a part that have files, one after the other, and have not changed."""
-    known = (SPAN_NAME.fullmatch(path.name) for path in folder.glob(f"listed-{name}-*.arrow"))
-    spans = [_Span(int(match[1]), int(match[2]), int(match[3], 16)) for match in known if match]
     chain: list[_Span] = []
     place = 0
     while following := [span for span in spans if span.start == place and place < span.end <= end]:

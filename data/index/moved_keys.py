@@ -62,8 +62,9 @@ def rename_entries(entries: Mapping[str, ManifestEntry], records: pa.Table) -> d
     if not newest:
         return dict(entries)
     kept = {key: entry for key, entry in entries.items() if key in own}
+    prefixes = {place.prefix for place in newest}
     for key, path in zip(*(records.column(name).to_pylist() for name in ("key", "image_path")), strict=True):
-        for prefix in {place.prefix for place in newest}:
+        for prefix in prefixes:
             entry = newest.pop(_get_place(prefix + key, path), None)
             if entry is not None and prefix + key not in kept:
                 kept[prefix + key] = replace(entry, key=prefix + key)

@@ -4,6 +4,8 @@ import errno
 from pathlib import Path
 
 import pytest
+from cache_samples import run_job, write_settings
+from PIL import Image
 
 from sdxl_trainer.cache.encode.bad_images import BadImages, hash_rules, write_bad_images
 from sdxl_trainer.cache.encode.decoder import WorkItem
@@ -55,12 +57,27 @@ def test_unchanged_images_with_bad_bytes_are_left_out(tmp_path: Path) -> None:
             plan.add_item(item, 512 * 512, 16)
         plan.counts["new"] = len(items)
         again = BadImages(tmp_path, rules)
-        again.leave_out_known(plan)
+        again.leave_out_known([plan])
         assert [line["key"] for line in again.lines] == left_out
         assert [item.key for item in plan.items] == [key for key in [*errors, "new"] if key not in left_out]
         assert plan.counts["bad"] == len(left_out) and plan.counts["new"] == len(plan.items)
         assert plan.num_pixels == len(plan.items) * 512 * 512, "the trial encodes images of the average size"
         assert plan.bytes_needed == len(plan.items) * (512 * 512 // 4 + ITEM_OVERHEAD_BYTES)
+
+
+def test_a_repair_keeps_the_list(tmp_path: Path, tiny_folder: Path) -> None:
+    settings = write_settings(tmp_path, tiny_folder / "model")
+    (tmp_path / "images").mkdir()
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (96, 96)).save(tmp_path / "images" / f"{name}.png")
+    (tmp_path / "images" / "bad.png").write_bytes(b"broken")
+    assert run_job(settings) == 0
+    file = get_bad_images_file(tmp_path / "latents")
+    listed = file.read_bytes()
+    assert listed.count(b"\n") == 1
+    assert run_job(settings, "--repair") == 0 and file.read_bytes() == listed
+    (tmp_path / "latents" / "a.npz").unlink()
+    assert run_job(settings, "--repair") == 0 and file.read_bytes() == listed
 
 
 def test_other_settings_try_all_again_but_not_another_limit() -> None:
@@ -84,6 +101,8 @@ def test_other_settings_try_all_again_but_not_another_limit() -> None:
         (1, 0.0, 1000, True),
         (0, 0.0, 1000, False),
         (20, 1.0, 20, False),
+        (29, 0.29, 100, False),  # 0.29 * 100 is less than 29
+        (30, 0.29, 100, True),
     ],
 )
 def test_one_or_two_bad_images_do_not_fail_a_small_set(
