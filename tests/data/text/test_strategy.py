@@ -320,8 +320,14 @@ def test_failing_repeats_stop_the_start(index, tmp_path, body, message):
         ("absent.py:Mine", "absent.py is not a file"),
         ("FOLDER/broken.py:Mine", "cannot be loaded: SyntaxError"),
         ("FOLDER/raises.py:Mine", "cannot be loaded: RuntimeError: at import\n  Traceback"),
-        ("FOLDER/user.py:Yours", "has no class Yours\n      cure: it has Mine"),
-        ("FOLDER/user.py:np", "has no class np"),
+        ("FOLDER/user.py:Yours", "has no class Yours\n      cure: name one that it has: Mine"),
+        ("FOLDER/user.py:np", "needs a class, but np is of type module\n      cure: name one that it has: Mine"),
+        (
+            "FOLDER/functions.py:caption",
+            "needs a class, but caption is of type function\n      cure: write a class with the methods that "
+            "docs/STRATEGY.md shows",
+        ),
+        ("FOLDER/functions.py:Mine", "has no class Mine\n      cure: write a class with the methods that docs/STRAT"),
         (
             "FOLDER/user.py:Mine",
             "none of the methods repeats(record, counts), caption(record, rng), loss_weight(record)\n"
@@ -335,6 +341,7 @@ def test_failing_repeats_stop_the_start(index, tmp_path, body, message):
 def test_strategies_that_cannot_be_loaded_are_explained(tmp_path, spec, message):
     write_class(tmp_path, "def repeat(self): pass\ndef captions(self): pass\nother = 3")
     write_class(tmp_path, "def __init__(self, needed): pass\ndef repeats(self, r, c): return 1", "init.py")
+    (tmp_path / "functions.py").write_text("from pathlib import Path\ndef caption(record, rng): return ''")
     (tmp_path / "broken.py").write_text("class Mine:\n  def (")
     (tmp_path / "raises.py").write_text("raise RuntimeError('at import')")
     with pytest.raises(UserInputError) as caught:
