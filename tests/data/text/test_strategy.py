@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 from programs import ROOT, run_program
 from tiny_tokenizers import load_tiny_tokenizers
 
@@ -285,7 +286,13 @@ def test_a_sample_that_is_bad_twice_is_counted_once(cache, index, tmp_path):
 
 def test_a_strategy_that_fails_on_some_samples_passes_the_check(index, tmp_path):
     body = "def caption(self, record, rng):\n    assert record['key'] != 's0'\n    return ''"
+    warnings: list[str] = []
+    sink = logger.add(lambda message: warnings.append(message.record["message"]), level="WARNING")
     assert list(check_strategy(load_strategy(write_class(tmp_path, body)), index)) == []
+    logger.remove(sink)
+    [warning] = warnings
+    assert warning.startswith("caption of data.strategy failed on 1 of 4 samples tried; training skips such samples; ")
+    assert "first error: s0: Mine.caption of data.strategy = " in warning and "AssertionError" in warning
 
 
 @pytest.mark.parametrize(
@@ -417,6 +424,8 @@ def caption(self, record, rng):
     assert bad and {line["key"][:4] for line in bad} == {"0003"} and "Mine.caption" in bad[0]["reason"]
     write_class(tmp_path, body.replace("return 2", "return 3"))
     printed = run_program(*words, "train.max_steps=9", expect=2)
-    assert "run.on_data_change: continue" in printed and "Traceback" not in printed
+    warning, _, problems = printed.partition(" in the settings:")
+    assert "caption of data.strategy failed on 1 of " in warning and "Traceback" not in problems
+    assert "run.on_data_change: continue" in problems
     printed = run_program(*words, "data.strategy=absent.py:Mine", "model.path=/no/model", "--dry-run", expect=2)
     assert "absent.py is not a file" in printed and "model.path" in printed and "Traceback" not in printed
