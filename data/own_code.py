@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
 
 FORM = "path/to/file.py:{0} or module:{0}"
+# Pages that show how to write the code of a setting; the others are on docs/OWN_CODE.md.
+GUIDES = {"data.strategy": "docs/STRATEGY.md"}
 
 
 class UserCodeError(RuntimeError):
@@ -65,7 +67,9 @@ def load_own_code(key: str, spec: str, kind: str = "class") -> OwnCode:
         raise UserInputError([Problem(key, spec, rule, "correct it; Python must be able to import it")]) from None
     target = getattr(module, name, None)
     if not (isinstance(target, type) if kind == "class" else callable(target)):
-        raise UserInputError([Problem(key, spec, f"has no {kind} {name}", _suggest_target(module, name, kind))])
+        rule = f"needs a {kind}, but {name} is of type {type(target).__name__}"
+        rule = f"has no {kind} {name}" if target is None else rule
+        raise UserInputError([Problem(key, spec, rule, _suggest_target(module, name, kind, key))])
     return OwnCode(spec, target)
 
 
@@ -128,12 +132,19 @@ def _load_file(path: str) -> ModuleType:
     return module
 
 
-def _suggest_target(module: ModuleType, name: str, kind: str) -> str:
-    """Return the cure for a name that a module does not have."""
+def _suggest_target(module: ModuleType, name: str, kind: str, key: str) -> str:
+    """Return the cure for a name that a module does not have, or not as a class or function."""
+    is_package = hasattr(module, "__path__")  # which shows names of its modules; a file only imports others
     found = [
-        key
-        for key, value in vars(module).items()
-        if not key.startswith("_") and (isinstance(value, type) if kind == "class" else callable(value))
+        own
+        for own, value in vars(module).items()
+        if not own.startswith("_")
+        and (isinstance(value, type) if kind == "class" else callable(value))
+        and (is_package or getattr(value, "__module__", module.__name__) == module.__name__)
     ]
-    near = suggest_name(name, found)
-    return f"did you mean {near}?" if near else f"it has {', '.join(found) or f'no {kind}'}"
+    if near := suggest_name(name, found):
+        return f"did you mean {near}?"
+    if found:
+        return f"name one that it has: {', '.join(found)}"
+    guide = GUIDES.get(key, "docs/OWN_CODE.md")
+    return f"write a class with the methods that {guide} shows" if kind == "class" else f"write one, as {guide} shows"

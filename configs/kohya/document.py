@@ -45,13 +45,14 @@ nearest name), rejected, always on here, without effect in the other program eit
 exactly has its reason, and so has every default of the other program that is written.
 
 The YAML passes the check of the settings. A value that breaks a rule here is left out, and the report names the key of
-your file, the rule and the default that applies. A value that the other program could not read either, such as
-`resolution = "big"`, ends the import with the file, the key and the form that is looked for; nothing is written.
-Cached text is left out where text encoders are trained or captions change from step to step, which exclude it.
-Adapters of other kinds than LoRA, DoRA, LoHa and LoKr become plain LoRA, with a warning at the top of the report.
-Files are never executed, so variables in scripts are not filled in. Not carried over are saved states, adapters to
-start from (`network_weights`), their dropout, `random_crop` and `color_aug`. Read the YAML and run the doctor before
-you fill the cache: kohya's default precision, fp32, takes more memory.
+your file, the rule and the default that applies. A path with a variable that is not set on this machine is kept. Set
+the variable before a run, because an `export` in an imported file is not executed. A value that the other program could
+not read either, such as `resolution = "big"`, ends the import with the file, the key and the form that is looked for;
+nothing is written. Cached text is left out where text encoders are trained or captions change from step to step, which
+exclude it. Adapters of other kinds than LoRA, DoRA, LoHa and LoKr become plain LoRA, with a warning at the top of the
+report. Not carried over are saved states, adapters to start from (`network_weights`), their dropout, `random_crop` and
+`color_aug`. Read the YAML and run the doctor before you fill the cache: kohya's default precision, fp32, takes more
+memory.
 
 The tables below use two signs. `always` means that the option's effect is always on here, without a setting. A
 dash means that there is no setting; the third column gives the reason, or what to do instead.
@@ -72,8 +73,8 @@ bash launch/train.sh --cfg my.yaml
 - Beside an image, a `.txt` file comes before a `.caption` file, whatever `caption_extension` is.
 - Of metadata with `caption` and `tags`, the tags follow the whole caption. If the caption has several lines,
   `data.caption.first_line` leaves only its first line, as in kohya's scripts.
-- The settings of captions and buckets apply to the whole training set. If they differ between your subsets, write a
-  strategy (docs/STRATEGY.md).
+- The settings of captions, buckets, batches and flips apply to the whole training set. If captions differ between your
+  subsets, write a strategy (docs/STRATEGY.md).
 - `train.global_batch_size` is the batch of all GPUs and accumulation steps together. The run is the same on any number
   of GPUs.
 - Samples that do not fill a global batch are carried over to the next epoch. All ranks work on the same bucket.

@@ -11,6 +11,7 @@ from sdxl_trainer.configs.kohya.entries import FREEZES, FROZEN_UNET, Option, bui
 from sdxl_trainer.configs.kohya.memory import convert_full_bf16
 from sdxl_trainer.configs.kohya.options import LOGS, RESUME, SAMPLERS, SIZE
 from sdxl_trainer.configs.kohya.values import (
+    NAME_RULE,
     Given,
     NoEffectError,
     UnsupportedError,
@@ -25,6 +26,7 @@ from sdxl_trainer.configs.kohya.values import (
     read_number,
     read_size,
     read_whole,
+    replace_signs,
 )
 
 TRAINER_NAME, SUCCESSOR = "the first sdxl-trainer", "the first sdxl-trainer's successor"
@@ -219,17 +221,20 @@ def convert_output_dir(value: Any, given: Given) -> dict[str, Any]:
     """Convert the folder of a project to the folder and name of a run, without the parts that change at each start.
 
     Raises:
-        UnsupportedError: the folder has such parts.
+        UnsupportedError: the folder has such parts, or its name cannot be that of a run as it is.
     """
     path = str(value).replace("\\", "/").rstrip("/")
     parent, _, name = path.rpartition("/")
-    plain = re.sub(r"[^\w.\-]", "-", PLACEHOLDERS.sub("", name)) or "run"
+    own_name = PLACEHOLDERS.sub("", name)
+    plain = replace_signs(own_name) or "run"
     settings = {"run.name": plain} | ({"run.dir": PLACEHOLDERS.sub("", parent)} if parent else {})
     if PLACEHOLDERS.search(path):
         reason = (
             f"gives each start a folder of its own; here the same command resumes in {plain}, and another run.name "
         )
         raise UnsupportedError(f"{reason}starts anew", settings)
+    if plain != own_name:
+        raise UnsupportedError(f"becomes {plain}: {NAME_RULE}", settings)
     return settings
 
 

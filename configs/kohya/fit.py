@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 
 from sdxl_trainer.configs.kohya.importer import Imported, get_default_settings, nest_settings
 from sdxl_trainer.configs.kohya.subsets import Remark
+from sdxl_trainer.configs.kohya.values import NOT_EXECUTED
 from sdxl_trainer.configs.problems import Problem, format_value
 
 SIDE_PX = 32  # bucket sides are multiples of this
+KEPT = f"; kept as it is, but {NOT_EXECUTED}: set the variable before a run, or write the path"
 
 
 # Returns the problems of nested settings by the rules of the schema.
@@ -27,12 +29,14 @@ def fit_settings(imported: Imported, check: Check) -> Fitted:
     """Return the imported settings without those that break a rule.
 
     A path with a variable that is not set on this machine is kept, since it may be set where the run takes place.
+    Without it, the run would use another path in silence.
     """
     defaults = get_default_settings()
     settings = {key: imported.settings[key] for key in defaults if key in imported.settings}
     changed = _widen_limits(settings, imported, defaults)
     problems = check(nest_settings(settings))
-    rejected = [_build_remark(imported, problem.key, problem, "") for problem in problems if _names_variable(problem)]
+    changed += [_build_remark(imported, problem.key, problem, KEPT) for problem in problems if _names_variable(problem)]
+    rejected: list[Remark] = []
     while problem := next((problem for problem in problems if not _names_variable(problem)), None):
         key = _find_culprit(problem, settings, check)
         ending = f"; left out, so the default applies here: {format_value(defaults[key])}"

@@ -5,6 +5,7 @@ Python file of the first sdxl-trainer. Later files override earlier ones. Every 
 reported with the reason.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
@@ -24,6 +25,7 @@ from sdxl_trainer.configs.kohya.subsets import (
     read_datasets,
 )
 from sdxl_trainer.configs.kohya.values import Given, NoEffectError, UnsupportedError, WrongValueError
+from sdxl_trainer.configs.paths import REPEATS_PREFIX
 from sdxl_trainer.configs.problems import Problem, format_value, raise_if_any
 from sdxl_trainer.configs.schema import Config
 
@@ -108,6 +110,7 @@ def convert(contents: FileContents) -> Imported:
     raise_if_any(_name_file(problem, contents) for problem in imported.problems)
     _leave_out_cached_text(imported)
     _remark_on_empty_folders(imported)
+    _suggest_kohya_folders(imported)
     # Latents are kept apart from the images. Those that other programs wrote beside the images are found, too.
     runs = str(imported.settings.get("run.dir", ""))
     folder = Path(runs if runs.startswith(ABSOLUTE) else "")  # beside the runs, wherever a job is started
@@ -138,6 +141,26 @@ def _remark_on_empty_folders(imported: Imported) -> None:
             option = imported.origins["data.image_dirs"]
             reason = f"WARNING: {folder} holds no images; check the path"  # a long value is shown in part
             imported.changed.append(Remark(option, folder.name, reason))
+
+
+def _suggest_kohya_folders(imported: Imported) -> None:
+    """Extend the remark on class tokens if the name of a folder can caption its images instead."""
+    settings = imported.settings
+    if settings.get("data.metadata") or settings.get("data.kohya_folders"):
+        return
+    names = [Path(str(folder)).name for folder in settings.get("data.image_dirs", ())]
+    named = next((name for name in names if re.match(rf"{REPEATS_PREFIX}\s*\S", name)), None)
+    if named is None:
+        return
+    number, _, caption = named.partition("_")
+    hint = (
+        f"; or set data.kohya_folders: true: then `{caption.strip()}` is the caption of such images in {named}, and "
+        f"{number} multiplies their repeats, so divide data.source_weights by it"
+    )
+    imported.unsupported = [
+        remark._replace(reason=f"{remark.reason}\n{hint}") if remark.option == "class_tokens" else remark
+        for remark in imported.unsupported
+    ]
 
 
 def _collect_options(contents: FileContents, imported: Imported, kept: tuple[str, ...]) -> dict[str, Any]:

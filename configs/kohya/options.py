@@ -37,6 +37,7 @@ from sdxl_trainer.configs.kohya.values import (
     convert_numbers,
     convert_prompts,
     convert_resolution,
+    convert_run_name,
     convert_steps,
     convert_text_encoders,
     convert_tracker_name,
@@ -71,6 +72,7 @@ UPLOAD = "training uploads nothing; `train/convert.py --push` uploads the model 
 RESUME = f"starting the same command again resumes; states of {TRAINER} cannot be read"
 LOGS = "logs are in the run folder, as TensorBoard files and metrics.jsonl"
 
+CAPTION_SUFFIXES = (".txt", ".caption")  # that are read here
 SAMPLERS = {
     **{name: name for name in ("ddim", "pndm", "euler", "euler_a", "heun", "dpm_2", "dpm_2_a", "dpmsingle")},
     **{f"k_{name}": name for name in ("euler", "euler_a", "dpm_2", "dpm_2_a")},
@@ -117,7 +119,7 @@ DATA = {
     "dataset_repeats": unsupported("repeats all images; train more steps instead"),
     "class_tokens": unsupported("an image without a caption gets the empty caption; write .txt files"),
     "caption_extension": converted(
-        look_up({".txt": None, ".caption": None}), "data.image_dirs", note="`.txt` and `.caption` files are read"
+        look_up(dict.fromkeys(CAPTION_SUFFIXES)), "data.image_dirs", note="`.txt` and `.caption` files are read"
     ),
     "caption_extention": unsupported("misspelling of caption_extension; `.txt` and `.caption` files are read"),
     "resolution": converted(
@@ -365,7 +367,7 @@ TRAINING = {
 }
 OUTPUT = {
     "output_dir": copied("run.dir", "run folder: `<run.dir>/<run.name>`"),
-    "output_name": converted(as_text, "run.name"),
+    "output_name": converted(convert_run_name, "run.name", note="with `_` in place of spaces and of signs such as `/`"),
     "save_every_n_steps": copied(
         "checkpoint.every_steps", "saves the whole state; `train/convert.py` exports models from it"
     ),

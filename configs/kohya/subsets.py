@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from sdxl_trainer.configs.kohya.options import KOHYA_OPTIONS
+from sdxl_trainer.configs.kohya.options import CAPTION_SUFFIXES, CAPTIONS, KOHYA_OPTIONS
 from sdxl_trainer.configs.paths import REPEATS_PREFIX
 from sdxl_trainer.configs.problems import format_value
 
@@ -19,6 +19,17 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".avif", ".jxl")  # 
 SUBSET_OPTIONS = ("image_dir", "metadata_file", "num_repeats", "is_reg")
 # Option in a dataset file → the same option in a training file.
 TRAINING_NAMES = {"batch_size": "train_batch_size"}
+# Options of captions that a strategy cannot imitate, because it does not know the epoch or the step.
+TIMED_OPTIONS = ("caption_dropout_every_n_epochs", "token_warmup_min", "token_warmup_step")
+# Reasons for a single value, of options that the general reason does not explain.
+SHARED_REASONS = {
+    "batch_size": "all micro batches have the same size here",
+    "conditioning_data_dir": "data.masks is a single folder here",
+    **dict.fromkeys(
+        ("enable_bucket", "min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"),
+        "all images share the same buckets here",
+    ),
+}
 # Defaults of kohya's scripts for subsets.
 SUBSET_DEFAULTS = {
     "batch_size": 1,
@@ -119,8 +130,11 @@ def read_datasets(tables: Mapping[str, Any], training_options: Mapping[str, Any]
             continue
         values = _list_values(subsets, name, fallbacks)
         option = KOHYA_OPTIONS.get(name)
-        if option is not None and not option.keys:
-            options[name] = next(filter(None, values), None)
+        if option is None or not option.keys:
+            options[name] = _join_values(list(filter(None, values)))
+            continue
+        if name == "caption_extension":  # files of all endings in CAPTION_SUFFIXES are read, whatever a subset asks for
+            options[name] = _join_values([value for value in values if value not in CAPTION_SUFFIXES] or values[:1])
             continue
         if name in subsets[0]:
             options[TRAINING_NAMES.get(name, name)] = values[0]
@@ -217,8 +231,15 @@ def _explain_difference(name: str, values: list[Any]) -> str:
             "differs between datasets with different folders, but here every folder is trained at each resolution; "
             f"{format_value(values[0])} is used; write data.resolution_px: [side, side] to train all folders at several"
         )
-    used = format_value(values[0])
-    reason = f"differs between datasets or subsets, but applies to the whole training set here; {used} is used"
+    state = "on" if values[0] else "off"
+    if name == "flip_aug":
+        return f"differs between datasets or subsets; flips are {state} for all images here"
+    if name == "alpha_mask":
+        return f"differs between datasets or subsets; masks from alpha channels are {state} for all images here"
+    why = SHARED_REASONS[name] if name in SHARED_REASONS else "applies to the whole training set here"
+    reason = f"differs between datasets or subsets, but {why}; {format_value(values[0])} is used"
+    if name not in CAPTIONS or name in TIMED_OPTIONS:
+        return reason
     return f"{reason}; a strategy can treat samples differently (docs/STRATEGY.md)"
 
 
@@ -263,6 +284,11 @@ def _list_values(tables: Iterable[Mapping[str, Any]], name: str, fallbacks: Mapp
         if value not in values:
             values.append(value)
     return values
+
+
+def _join_values(values: list[Any]) -> Any:
+    """Return the only value of an option, all of several, or None without any."""
+    return values if len(values) > 1 else next(iter(values), None)
 
 
 def _without(table: Mapping[str, Any], name: str) -> dict[str, Any]:

@@ -10,10 +10,14 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sdxl_trainer.configs.paths import VARIABLE
+
 Given = Mapping[str, Any]
 Convert = Callable[[Any, Given], Any]
 
 
+NOT_EXECUTED = "an `export` in an imported file is not executed"
+NAME_RULE = "run.name consists of letters, digits, `.`, `_` and `-`"
 TRAINER = "{trainer}"  # in a reason: the program that the files are of
 WEIGHTINGS = {
     "min_snr_gamma": "min_snr",
@@ -144,13 +148,36 @@ def convert_tracker_name(value: Any, given: Given) -> None:
         raise UnsupportedError("has no effect without log_with: wandb or all")
 
 
+def convert_run_name(value: Any, given: Given) -> str:
+    """Return the name of a run.
+
+    Raises:
+        UnsupportedError: the name cannot be that of a folder as it is, or it contains a variable.
+    """
+    name, variable = replace_signs(str(value)), VARIABLE.search(str(value))
+    if variable:
+        raise UnsupportedError(f"contains the variable {variable[0]}; {NOT_EXECUTED}: write run.name yourself")
+    if name != str(value):
+        raise UnsupportedError(f"becomes {name}: {NAME_RULE}", {"run.name": name})
+    return name
+
+
+def replace_signs(name: str) -> str:
+    """Return a name with `_` in place of each sign that the name of a run cannot contain."""
+    return re.sub(r"[^\w.\-]", "_", name.strip())
+
+
 def convert_wandb_run(value: Any, given: Given) -> str | None:
-    """Return the run's name, unless `output_name` gives another."""
+    """Return the run's name, unless `output_name` gives another.
+
+    Raises:
+        UnsupportedError: the name has no effect, is not that of the run, or cannot be used as it is.
+    """
     if not _uses_wandb(given):
         raise UnsupportedError(f"has no effect without log_with, as in {TRAINER}")
     if str(given.get("output_name") or value) != str(value):
         raise UnsupportedError(f"run.name is also the name at Weights & Biases; here it is {given['output_name']!r}")
-    return str(value)
+    return convert_run_name(value, given)
 
 
 def read_numbers(value: Any) -> list[float]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from loguru import logger
 
 from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
 from sdxl_trainer.data.files import open_atomic
@@ -178,6 +179,11 @@ def load_strategy(spec: str) -> Strategy:
         raise UserInputError([Problem(KEY, spec, f"{user_class.__name__}() raised {error}", cure)]) from None
 
 
+def is_strategy_failure(reason: str) -> bool:
+    """Return whether the reason of a bad sample is the message of a StrategyError."""
+    return f" of {KEY} = " in reason
+
+
 def supplies_captions(strategy: str | None) -> bool:
     """Return whether the user's class replaces the choice of texts; other checks report a class that cannot be used."""
     try:
@@ -189,7 +195,7 @@ def supplies_captions(strategy: str | None) -> bool:
 def check_strategy(strategy: Strategy, index: Index) -> Iterator[Problem]:
     """Yield a problem for each of `caption` and `loss_weight` that fails on all of NUM_TRIED samples.
 
-    A method that fails only on some samples is no problem: training skips and reports these samples.
+    A method that fails only on some samples is no problem but a warning: training skips and reports these samples.
     """
     records = [index.record(row) for row in select_evenly(len(index), NUM_TRIED).tolist()]
     rng = np.random.default_rng(0)
@@ -203,6 +209,14 @@ def check_strategy(strategy: Strategy, index: Index) -> Iterator[Problem]:
                 errors.append(str(error))
         if errors and len(errors) == len(records):
             yield _build_problem(strategy.spec, f"{method} failed on all samples tried: {errors[0]}")
+        elif errors:
+            logger.warning(
+                "{} of data.strategy failed on {} of {} samples tried; training skips such samples; first error: {}",
+                method,
+                len(errors),
+                len(records),
+                errors[0],
+            )
 
 
 def compute_repeats(strategy: Strategy, index: Index) -> np.ndarray:

@@ -3,17 +3,26 @@
 from collections import deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import orjson
 
 from sdxl_trainer.data.checks.bad_limit import count_few
 from sdxl_trainer.data.counted_warnings import CountedWarnings
+from sdxl_trainer.data.text.strategy import is_strategy_failure
 from sdxl_trainer.launch.append_file import AppendFile
 from sdxl_trainer.launch.distributed import Ranks, gather_objects
 
 # The window is an epoch within these bounds. A shorter one would stop a run for a few bad samples by chance, and a
 # longer one would let it continue for hours without its storage.
 MIN_WINDOW, MAX_WINDOW = 10_000, 100_000
+
+
+class Excess(NamedTuple):
+    """More bad samples than `data.max_bad_fraction` allows: how many there are, and what makes them good."""
+
+    rule: str
+    cure: str
 
 
 class BadSamples:
@@ -30,26 +39,31 @@ class BadSamples:
         self._file = AppendFile(logs / f"bad_samples{suffix}.jsonl")
         self._warnings = CountedWarnings("bad sample skipped", self._file.path, ranks.world_size)
         self._window, self._few = BadSampleWindow(num_samples, max_fraction), count_few(max_fraction, num_samples)
-        self._keys: set[str] = set()  # of this rank's bad samples, as many as are needed to exceed the limit
+        # Keys of this rank's bad samples, as many as are needed to exceed the limit → whether the strategy failed.
+        self._found: dict[str, bool] = {}
 
     def skip(self, step: int, samples: Sequence[tuple[str, str]]) -> None:
         """Warn of this rank's samples, each a key and a reason, that could not be read in a step, and list them."""
         for _, reason in samples:
             self._warnings.add(reason)
         self.append(step, [{"key": key, "reason": reason} for key, reason in samples])
-        for key, _ in samples:
-            if len(self._keys) <= self._few:
-                self._keys.add(key)
+        for key, reason in samples:
+            if len(self._found) <= self._few:
+                self._found.setdefault(key, is_strategy_failure(reason))
 
-    def find_excess(self, num_samples: int, num_bad: int) -> str | None:
+    def find_excess(self, num_samples: int, num_bad: int) -> Excess | None:
         """Count the samples of a step over all ranks; describe the excess if too many are bad now.
 
         One or two samples, which a small set uses often, may always be bad. All ranks call this together.
         """
-        excess = self._window.add(num_samples, num_bad)
-        if excess is None or len(set().union(*gather_objects(self._keys))) <= self._few:
+        rule = self._window.add(num_samples, num_bad)
+        if rule is None:
             return None
-        return excess
+        found = {key: is_failure for each in gather_objects(self._found) for key, is_failure in each.items()}
+        if len(found) <= self._few:
+            return None
+        cures = {False: "make the samples readable", True: "correct the class of data.strategy"}
+        return Excess(rule, " and ".join(cures[is_failure] for is_failure in sorted(set(found.values()))))
 
     def append(self, step: int, samples: Sequence[Mapping[str, str]]) -> None:
         """List this rank's bad samples of a step, each with its key and reason."""

@@ -254,8 +254,9 @@ def require_good_samples(run: Run, num_bad: int) -> None:
     if excess:
         run.checkpoints.save_whole(run.engine, state)
         raise FailedError(
-            f"{excess}; {run.folder / 'logs'}/bad_samples*.jsonl lists them. The state of step {state.step} is saved\n"
-            "cure: make the samples readable, or raise data.max_bad_fraction; the same command continues"
+            f"{excess.rule}; {run.folder / 'logs'}/bad_samples*.jsonl lists them. "
+            f"The state of step {state.step} is saved\n"
+            f"cure: {excess.cure}, or raise data.max_bad_fraction; the same command continues"
         )
 
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ from sdxl_trainer.train.networks.trained_networks import list_trained_encoders, 
 from sdxl_trainer.train.sampling.image_grid import build_image_grid, write_image
 from sdxl_trainer.train.sampling.parameters import describe_image, name_model, name_step
 from sdxl_trainer.train.sampling.pipeline import ImageGenerator, build_image_generator, generate_images
-from sdxl_trainer.train.sampling.prompts import load_prompts
+from sdxl_trainer.train.sampling.prompts import PROMPT_FILE_KEY, load_prompts
 
 
 def run_sampling(
@@ -64,6 +65,11 @@ def run_sampling(
         overrides = [*list_model_overrides(model, has_cfg=cfg is not None), *overrides]
     config, problems = load_model_config(checkpoint, cfg, overrides)
     prompts, prompt_problems = load_prompts(config.sample, config.objective, config.data.caption.fix_text)
+    if config.sample.prompt_file == prompt_file:  # and not that of an override
+        prompt_problems = [
+            replace(problem, key="--prompts") if problem.key == PROMPT_FILE_KEY else problem
+            for problem in prompt_problems
+        ]
     if rank == 0:  # the other ranks wait for rank 0 in init_ranks
         raise_if_any(problems)
         of_model = list(check_model(config.model)) or list(check_pair(config))

@@ -26,6 +26,7 @@ from sdxl_trainer.configs.samples import (
 from sdxl_trainer.data.text.captions import fix_text
 
 PROMPT_FILE_KEY = "sample.prompt_file"
+MIN_SIDE, SIDE_STEP = 64, 8  # of the width and height of images, as in configs/samples.py
 # A flag such as `—w` with a dash that a word processor has put in place of `--`.
 DASHES = r"\u2010-\u2015\u2212\uFE58\uFE63\uFF0D"
 CHANGED_DASHES = re.compile(rf"\s(-*[{DASHES}][-{DASHES}]*)(ss|st|[nwhsld])(?=\s|$)")
@@ -47,6 +48,18 @@ class Prompt:
     schedule_type: str  # of the samplers OWN_SAMPLERS; the others have diffusers' own
 
 
+class PromptError(ValueError):
+    """A mistake in a prompt. The message is the broken rule.
+
+    Args:
+        cure: what to write instead.
+    """
+
+    def __init__(self, rule: str, cure: str):
+        super().__init__(rule)
+        self.cure = cure
+
+
 class PromptEntry(NamedTuple):
     """An unparsed prompt of the settings or of a prompt file."""
 
@@ -56,66 +69,68 @@ class PromptEntry(NamedTuple):
 
 
 def parse_side(value: Any) -> int:
-    """Parse a width or height in pixels. Raises ValueError."""
-    side = parse_count(value)
-    if side < 64 or side % 8:
-        raise ValueError("is below 64 or not a multiple of 8")
+    """Parse a width or height in pixels. Raises PromptError."""
+    side = _parse_whole(value, least=0, cure=f"write a multiple of {SIDE_STEP} from {MIN_SIDE} on, such as 1024")
+    if side < MIN_SIDE:
+        raise PromptError(f"is below {MIN_SIDE}", f"write {MIN_SIDE} or more, in multiples of {SIDE_STEP}")
+    if side % SIDE_STEP:
+        below = side - side % SIDE_STEP
+        raise PromptError(f"is not a multiple of {SIDE_STEP}", f"write {below} or {below + SIDE_STEP}")
     return side
 
 
-def parse_count(value: Any) -> int:
-    """Parse a whole number of at least 1. Raises ValueError."""
-    if (number := parse_seed(value)) < 1:
-        raise ValueError("is not a whole number of at least 1")
+def parse_steps(value: Any) -> int:
+    """Parse a number of steps, 1 to 1000. Raises PromptError."""
+    cure = f"write a number of steps from 1 to {MAX_STEPS}, such as 28"
+    if (number := _parse_whole(value, least=1, cure=cure)) > MAX_STEPS:
+        raise PromptError(f"is above {MAX_STEPS}, the timesteps of the model", cure)
     return number
 
 
 def parse_seed(value: Any) -> int:
-    """Parse a whole number of at least 0. Raises ValueError."""
-    if isinstance(value, (bool, float)) or not re.fullmatch(r"\d{1,19}", str(value)):
-        raise ValueError("is not a whole number of at least 0")
-    return int(value)
+    """Parse a whole number of at least 0. Raises PromptError."""
+    return _parse_whole(value, least=0, cure="write a seed such as 42; without one, prompts get seeds of their own")
 
 
 def parse_scale(value: Any) -> float:
-    """Parse a finite number of at least 0. Raises ValueError."""
+    """Parse a finite number of at least 0. Raises PromptError."""
     if isinstance(value, bool) or not re.fullmatch(r"\d+(\.\d*)?|\.\d+", str(value)):
-        raise ValueError("is not a number of at least 0")
+        raise PromptError("is not a number of at least 0", "write a guidance scale such as 7.5; 1 turns guidance off")
     return float(value)
 
 
 def parse_prompt_text(value: Any) -> str:
-    """Parse a string. Raises ValueError."""
+    """Parse a string. Raises PromptError."""
     if not isinstance(value, str):
-        raise ValueError("is not a string")
+        raise PromptError("is not a string", 'write a text in quotes, such as "a cat", or "" for the empty one')
     return value.strip()
 
 
-def parse_steps(value: Any) -> int:
-    """Parse a number of steps, 1 to 1000. Raises ValueError."""
-    if (number := parse_count(value)) > MAX_STEPS:
-        raise ValueError(f"is above {MAX_STEPS}, the timesteps of the model")
-    return number
-
-
 def parse_sampler(value: Any) -> str:
-    """Parse a sampler: its name here, in kohya's scripts or in ComfyUI, or diffusers' class. Raises ValueError."""
+    """Parse a sampler: its name here, in kohya's scripts or in ComfyUI, or diffusers' class. Raises PromptError."""
     name = SAMPLER_ALIASES.get(str(value), str(value))
     if name in get_args(ScheduleType):
-        raise ValueError(f"is no sampler but a schedule type; write --st {name}")
+        raise PromptError("is no sampler but a schedule type", f"write --st {name}, or in JSON `schedule_type`")
     return _parse_name(name, get_args(SamplerName), SAMPLER_ALIASES)
 
 
 def parse_schedule_type(value: Any) -> str:
-    """Parse a schedule type. Raises ValueError."""
+    """Parse a schedule type. Raises PromptError."""
     return _parse_name(str(value), get_args(ScheduleType))
+
+
+def _parse_whole(value: Any, least: int, cure: str) -> int:
+    is_whole = not isinstance(value, (bool, float)) and re.fullmatch(r"\d{1,19}", str(value))
+    if not is_whole or int(value) < least:
+        raise PromptError(f"is not a whole number of at least {least}", cure)
+    return int(value)
 
 
 def _parse_name(name: str, names: Sequence[str], others: Iterable[str] = ()) -> str:
     if name not in names:
         near = suggest_name(name, [*names, *others])
-        hint = f"; did you mean {near}?" if near else ""
-        raise ValueError(f"is none of {', '.join(names)}{hint}")
+        cure = f"did you mean {near}?" if near else "write one of these names"
+        raise PromptError(f"is none of {', '.join(names)}", cure)
     return name
 
 
@@ -149,6 +164,12 @@ JSON_KEYS: dict[str, PromptField] = {
     "sample_sampler": FLAGS["ss"],
     "schedule_type": FLAGS["st"],
 }
+# Longer names of the flags, which name the flag that is meant.
+FLAG_WORDS = {
+    word: flag
+    for flag, field in FLAGS.items()
+    for word in (flag, field.name, *(key for key in JSON_KEYS if JSON_KEYS[key] is field))
+} | {"cfg": "l"}
 
 
 def load_prompts(
@@ -168,12 +189,12 @@ def load_prompts(
         try:
             entries += read_prompt_file(config.prompt_file)
         except ValueError as error:
-            cure = "see the setting in docs/CONFIG.md" if config.prompt_file.exists() else "check the path"
+            cure = "docs/SAMPLING.md shows prompt files" if config.prompt_file.exists() else "check the path"
             problems.append(Problem(PROMPT_FILE_KEY, config.prompt_file, str(error), cure))
     try:
         validate_sampler(config.sampler, objective)
-    except ValueError as error:
-        problems.append(Problem("sample.sampler", config.sampler, str(error), "set another one"))
+    except PromptError as error:
+        problems.append(Problem("sample.sampler", config.sampler, str(error), error.cure))
     for key, location, content in entries:
         try:
             given = parse_object(content) if isinstance(content, dict) else parse_line(content)
@@ -183,12 +204,11 @@ def load_prompts(
             if "sampler" in given:
                 validate_sampler(prompt.sampler, objective)
             if "schedule_type" in given and prompt.sampler not in OWN_SAMPLERS:
-                own = " or ".join(OWN_SAMPLERS)
-                raise ValueError(f"has a schedule type, but {prompt.sampler} has none; write --ss {own}")
+                cure = f"choose the sampler {' or '.join(OWN_SAMPLERS)}, or leave the schedule type out"
+                raise PromptError(f"has a schedule type, but {prompt.sampler} has none", cure)
             prompts.append(prompt)
-        except ValueError as error:
-            cure = "flags: " + " ".join(f"--{flag}" for flag in FLAGS)
-            problems.append(Problem(key, content, f"{location}{error}", cure))
+        except PromptError as error:
+            problems.append(Problem(key, content, f"{location}{error}", error.cure))
     return prompts, problems
 
 
@@ -200,45 +220,49 @@ def build_prompt(given: dict[str, Any], config: SampleConfig, number: int) -> Pr
 
 
 def validate_sampler(name: str, objective: ObjectiveConfig) -> None:
-    """Raise ValueError if the sampler of this name does not support the model's objective."""
+    """Raise PromptError if the sampler of this name does not support the model's objective."""
     if objective.prediction == "flow" and name not in FLOW_SAMPLERS:
-        supported = ", ".join(FLOW_SAMPLERS)
-        raise ValueError(f"the sampler {name} does not support rectified flow; choose one of {supported}")
+        cure = f"choose one of {', '.join(FLOW_SAMPLERS)}"
+        raise PromptError(f"the sampler {name} does not support rectified flow", cure)
     if objective.zero_terminal_snr and name not in ZERO_SNR_SAMPLERS:
-        supported = ", ".join(ZERO_SNR_SAMPLERS)
-        raise ValueError(f"the sampler {name} does not support zero terminal SNR; choose one of {supported}")
+        cure = f"choose one of {', '.join(ZERO_SNR_SAMPLERS)}"
+        raise PromptError(f"the sampler {name} does not support zero terminal SNR", cure)
 
 
 def parse_line(line: str) -> dict[str, Any]:
     """Parse a prompt with kohya's flags, such as `a cat --n ugly --w 768`, into fields of `Prompt`.
 
+    The prompt before its flags may be empty.
+
     Raises:
-        ValueError: a flag is unknown, given twice, has an invalid value, or begins with another dash.
+        PromptError: a flag is unknown, given twice, has an invalid value, or begins with another dash.
     """
     if changed := CHANGED_DASHES.search(f" {line}"):
-        raise ValueError(f"has the flag {changed[1]}{changed[2]} with a word processor's dash; write --{changed[2]}")
+        rule = f"has the flag {changed[1]}{changed[2]} with a word processor's dash"
+        raise PromptError(rule, f"write --{changed[2]}")
     text, *words = re.split(r"\s--(?=\S)", f" {line}")
     given: dict[str, Any] = {"text": text.strip()}
-    if words and not given["text"]:
-        raise ValueError("has no prompt before its flags")
     for word in words:
         flag, value = (*word.split(maxsplit=1), "")[:2]
         if flag not in FLAGS:
-            raise ValueError(f"has the unknown flag --{flag}")
+            near = suggest_name(flag.replace("-", "_"), FLAG_WORDS)
+            known = ", ".join(f"--{name}" for name in FLAGS)
+            cure = f"did you mean --{FLAG_WORDS[near]}?" if near else f"remove it; known flags are {known}"
+            raise PromptError(f"has the unknown flag --{flag}", cure)
         _parse_into(given, FLAGS[flag], f"--{flag}", value.strip())
     return given
 
 
 def parse_object(entry: dict[str, Any]) -> dict[str, Any]:
-    """Parse a prompt in JSON into fields of `Prompt`. Raises ValueError."""
-    if not isinstance(entry.get("prompt"), str) or not entry["prompt"].strip():
-        raise ValueError("has no `prompt`")
+    """Parse a prompt in JSON into fields of `Prompt`. Raises PromptError."""
+    if "prompt" not in entry:
+        raise PromptError("has no `prompt`", 'add it, as "" for the empty prompt')
     given: dict[str, Any] = {}
     for key, value in entry.items():
         if key not in JSON_KEYS:
             near = suggest_name(key, JSON_KEYS)
-            hint = f"did you mean {near}?" if near else f"known keys are {', '.join(JSON_KEYS)}"
-            raise ValueError(f"has the unknown key `{key}`; {hint}")
+            cure = f"did you mean {near}?" if near else f"remove it; known keys are {', '.join(JSON_KEYS)}"
+            raise PromptError(f"has the unknown key `{key}`", cure)
         _parse_into(given, JSON_KEYS[key], f"`{key}`", value)
     return given
 
@@ -319,11 +343,11 @@ def _read_file(file: Path) -> str:
 
 def _parse_into(given: dict[str, Any], field: PromptField, label: str, value: Any) -> None:
     if field.name in given:
-        raise ValueError(f"has {label} twice")
+        raise PromptError(f"has {label} twice", "remove one of them")
     try:
         given[field.name] = field.parse(value)
-    except ValueError as error:
-        raise ValueError(f"has {label} = {value!r:.60}, which {error}") from None
+    except PromptError as error:
+        raise PromptError(f"has {label} = {value!r:.60}, which {error}", error.cure) from None
 
 
 PROMPT_READERS: dict[str, Callable[[Path], Iterator[PromptEntry]]] = {

@@ -734,5 +734,79 @@ def test_paths_with_variables_are_imported_as_they_are(tmp_path: Path, monkeypat
     assert main([str(tmp_path / "x.txt"), "--out", str(tmp_path / "x.yaml")]) == 0
     text = (tmp_path / "x.yaml").read_text()
     settings = yaml.safe_load(text)
-    assert settings["run"]["dir"] == "$ABSENT/out" and "the environment variable ABSENT, which is not set" in text
+    assert settings["run"]["dir"] == "$ABSENT/out" and ", 0 rejected, " in text
+    remark = (
+        "output_dir = '$ABSENT/out': run.dir: names the environment variable ABSENT, which is not set; kept as it is, "
+        "but an `export` in an imported file is not executed: set the variable before a run, or write the path"
+    )
+    assert remark in text.split("imported, but not exactly the same")[1]
     assert settings["data"]["image_dirs"] == [str(tmp_path / "train" / "3_dog")]
+
+
+DIFFERING = """
+[[datasets]]
+resolution = 1024
+batch_size = 4
+  [[datasets.subsets]]
+  image_dir = "/data/10_sks dog"
+  num_repeats = 3
+  class_tokens = "sks dog"
+  caption_extension = ".txt"
+  flip_aug = true
+  [[datasets.subsets]]
+  image_dir = "/data/b"
+  class_tokens = "style"
+  caption_extension = ".cap"
+  keep_tokens = 2
+  token_warmup_step = 4
+  alpha_mask = true
+  made_up = 3
+  [[datasets.subsets]]
+  image_dir = "/data/reg"
+  is_reg = true
+  class_tokens = "dog"
+[[datasets]]
+resolution = 1024
+batch_size = 2
+  [[datasets.subsets]]
+  image_dir = "/data/c"
+"""
+
+
+def test_options_that_differ_between_subsets_have_true_reasons(tmp_path: Path) -> None:
+    settings, comment = import_files(tmp_path, {"d.toml": DIFFERING})
+    remarks = {line.split(" = ")[0].strip(): line for line in comment.splitlines() if " = " in line}
+    assert remarks["class_tokens"].endswith(
+        " = ['sks dog', 'style', 'dog']: an image without a caption gets the empty caption; write .txt files; or set "
+        "data.kohya_folders: true: then `sks dog` is the caption of such images in 10_sks dog, and 10 multiplies their "
+        "repeats, so divide data.source_weights by it"
+    )
+    assert "caption_extension = '.cap': is not available here; choose one of .txt, .caption" in comment
+    assert "batch_size = [4, 2]: differs between datasets or subsets, but all micro batches have the same" in comment
+    assert remarks["flip_aug"].endswith("; flips are on for all images here") and settings["data"]["flip_rate"] == 0.5
+    assert remarks["alpha_mask"].endswith("; masks from alpha channels are off for all images here")
+    assert "alpha_mask" not in settings["cache"]
+    assert "made_up = 3: is not a known option" in comment
+    # A strategy makes captions, but does not know the step.
+    assert [name for name, line in remarks.items() if "a strategy can" in line] == ["keep_tokens"]
+    settings, comment = import_files(tmp_path, {"d.toml": DIFFERING.replace(".cap", ".caption").replace("/10_", "/")})
+    assert "caption_extension" not in comment and "kohya_folders" not in comment
+    _, comment = import_files(tmp_path, {"d.toml": DIFFERING.replace('".txt"', '".wd"')})
+    assert "caption_extension = ['.wd', '.cap']: is not available here" in comment
+
+
+def test_names_of_runs_are_made_valid(tmp_path: Path) -> None:
+    """The folders of the run and of its latents agree, and the change is reported."""
+    words = "--log_with wandb --wandb_run_name 'my style v1'"
+    for name in ("my style v1", "my/style v1"):
+        settings, comment = import_files(tmp_path, {"x.txt": f"sdxl_train.py --output_name '{name}'"})
+        assert settings["run"]["name"] == "my_style_v1" and settings["cache"]["dir"] == "latents/my_style_v1"
+        changed = comment.split("imported, but not exactly the same")[1]
+        assert f"output_name = '{name}': becomes my_style_v1: run.name consists of letters, digits" in changed
+    settings, _ = import_files(tmp_path, {"x.txt": f"sdxl_train.py --output_name 'my style v1' {words}"})
+    assert settings["run"]["name"] == "my_style_v1"
+    settings, comment = import_files(tmp_path, {"x.txt": "sdxl_train.py --seed 1 --output_name '$NAME'"})
+    assert "name" not in settings["run"] and settings["cache"]["dir"] == "latents/run"
+    assert "output_name = '$NAME': contains the variable $NAME; an `export` in an imported file is not" in comment
+    settings, comment = import_python(tmp_path, image_dirs=["/a"], output_dir="out/my style")
+    assert settings["run"]["name"] == "my_style" and "output_dir = 'out/my style': becomes my_style: " in comment

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 from programs import ROOT, run_program
 from tiny_tokenizers import load_tiny_tokenizers
 
@@ -285,7 +286,13 @@ def test_a_sample_that_is_bad_twice_is_counted_once(cache, index, tmp_path):
 
 def test_a_strategy_that_fails_on_some_samples_passes_the_check(index, tmp_path):
     body = "def caption(self, record, rng):\n    assert record['key'] != 's0'\n    return ''"
+    warnings: list[str] = []
+    sink = logger.add(lambda message: warnings.append(message.record["message"]), level="WARNING")
     assert list(check_strategy(load_strategy(write_class(tmp_path, body)), index)) == []
+    logger.remove(sink)
+    [warning] = warnings
+    assert warning.startswith("caption of data.strategy failed on 1 of 4 samples tried; training skips such samples; ")
+    assert "first error: s0: Mine.caption of data.strategy = " in warning and "AssertionError" in warning
 
 
 @pytest.mark.parametrize(
@@ -320,8 +327,14 @@ def test_failing_repeats_stop_the_start(index, tmp_path, body, message):
         ("absent.py:Mine", "absent.py is not a file"),
         ("FOLDER/broken.py:Mine", "cannot be loaded: SyntaxError"),
         ("FOLDER/raises.py:Mine", "cannot be loaded: RuntimeError: at import\n  Traceback"),
-        ("FOLDER/user.py:Yours", "has no class Yours\n      cure: it has Mine"),
-        ("FOLDER/user.py:np", "has no class np"),
+        ("FOLDER/user.py:Yours", "has no class Yours\n      cure: name one that it has: Mine"),
+        ("FOLDER/user.py:np", "needs a class, but np is of type module\n      cure: name one that it has: Mine"),
+        (
+            "FOLDER/functions.py:caption",
+            "needs a class, but caption is of type function\n      cure: write a class with the methods that "
+            "docs/STRATEGY.md shows",
+        ),
+        ("FOLDER/functions.py:Mine", "has no class Mine\n      cure: write a class with the methods that docs/STRAT"),
         (
             "FOLDER/user.py:Mine",
             "none of the methods repeats(record, counts), caption(record, rng), loss_weight(record)\n"
@@ -335,6 +348,7 @@ def test_failing_repeats_stop_the_start(index, tmp_path, body, message):
 def test_strategies_that_cannot_be_loaded_are_explained(tmp_path, spec, message):
     write_class(tmp_path, "def repeat(self): pass\ndef captions(self): pass\nother = 3")
     write_class(tmp_path, "def __init__(self, needed): pass\ndef repeats(self, r, c): return 1", "init.py")
+    (tmp_path / "functions.py").write_text("from pathlib import Path\ndef caption(record, rng): return ''")
     (tmp_path / "broken.py").write_text("class Mine:\n  def (")
     (tmp_path / "raises.py").write_text("raise RuntimeError('at import')")
     with pytest.raises(UserInputError) as caught:
@@ -410,6 +424,8 @@ def caption(self, record, rng):
     assert bad and {line["key"][:4] for line in bad} == {"0003"} and "Mine.caption" in bad[0]["reason"]
     write_class(tmp_path, body.replace("return 2", "return 3"))
     printed = run_program(*words, "train.max_steps=9", expect=2)
-    assert "run.on_data_change: continue" in printed and "Traceback" not in printed
+    warning, _, problems = printed.partition(" in the settings:")
+    assert "caption of data.strategy failed on 1 of " in warning and "Traceback" not in problems
+    assert "run.on_data_change: continue" in problems
     printed = run_program(*words, "data.strategy=absent.py:Mine", "model.path=/no/model", "--dry-run", expect=2)
     assert "absent.py is not a file" in printed and "model.path" in printed and "Traceback" not in printed

@@ -63,6 +63,24 @@ def test_one_or_two_bad_files_never_end_a_run_of_a_small_set(
     assert any(messages) == is_stopped and (not is_stopped or messages[0])
 
 
+STRATEGY_ERROR = "b: Mine.caption of data.strategy = /own.py:Mine raised KeyError: 'x'"
+
+
+@pytest.mark.parametrize(
+    ("reasons", "cure"),
+    [
+        (["is cut off"] * 3, "make the samples readable"),
+        ([STRATEGY_ERROR] * 3, "correct the class of data.strategy"),
+        ([STRATEGY_ERROR, "is cut off", STRATEGY_ERROR], "make the samples readable and correct the class of data.str"),
+    ],
+)
+def test_the_cure_is_that_of_the_reasons(tmp_path: Path, reasons: list[str], cure: str) -> None:
+    bad_samples = BadSamples(tmp_path, Ranks(0, 0, 1, torch.device("cpu")), 48, max_fraction=0.01)
+    bad_samples.skip(0, list(zip("abc", reasons, strict=True)))
+    excess = bad_samples.find_excess(48, 3)
+    assert excess is not None and excess.cure.startswith(cure)
+
+
 RANKS = """
 import sys
 from pathlib import Path
@@ -74,7 +92,8 @@ bad = BadSamples(Path(sys.argv[1]), ranks, 48, 0.01)
 bad.skip(0, [(key, "is cut off") for key in (["a", "b"], ["b", "a"])[ranks.rank]])
 assert bad.find_excess(8, 4) is None, "the same two"
 bad.skip(1, [("c", "is cut off")] if ranks.rank else [])
-assert bad.find_excess(8, 1) == "5 of the last 16 samples are bad, more than data.max_bad_fraction = 0.01 allows"
+rule = "5 of the last 16 samples are bad, more than data.max_bad_fraction = 0.01 allows"
+assert bad.find_excess(8, 1) == (rule, "make the samples readable")
 close_ranks()
 """
 
@@ -92,9 +111,8 @@ def test_a_run_continues_when_its_samples_are_readable_again(cached_folder: Path
     (tmp_path / "away").touch()
     printed = run_program("train/main.py", *words, "data.max_bad_fraction=0.2", expect=1)
     assert "8 of the last 8 samples are bad, more than data.max_bad_fraction = 0.2 allows" in printed, printed
-    assert "raise data.max_bad_fraction; the same command continues" in printed and "FailedError" not in printed, (
-        printed
-    )
+    cure = "cure: correct the class of data.strategy, or raise data.max_bad_fraction; the same command continues"
+    assert cure in printed and "FailedError" not in printed, printed
     bad = [orjson.loads(line) for line in (tmp_path / "run/logs/bad_samples.jsonl").read_bytes().splitlines()]
     assert [line["step"] for line in bad] == [0] * 4 + [1] * 4 and "the storage is away" in bad[0]["reason"]
     (tmp_path / "away").unlink()

@@ -75,7 +75,8 @@ def test_the_examples_of_the_page_do_what_it_says(examples: Config) -> None:
         ("optim.name", "import nowhere_at_all", "No module named 'nowhere_at_all'"),
         ("optim.schedule", "def Own(progress): return -1", "returned -1 at progress 0, which is not a number of 0 or"),
         ("optim.schedule", "def Own(): return 1", "takes 0 positional arguments"),
-        ("optim.schedule", "Own = 3", "has no function Own"),
+        ("optim.schedule", "Own = 3", "needs a function, but Own is of type int; write one, as docs/OWN_CODE.md shows"),
+        ("optim.name", "def Own(): pass", "needs a class, but Own is of type function; write a class with the methods"),
         (
             "objective.loss",
             "def Own(prediction, target): return (prediction - target).mean()",

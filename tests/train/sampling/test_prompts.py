@@ -9,7 +9,9 @@ import pytest
 
 from sdxl_trainer.configs.load import build_config
 from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.problems import UserInputError
 from sdxl_trainer.configs.samples import FLOW_SAMPLERS, SAMPLER_ALIASES, ZERO_SNR_SAMPLERS, SampleConfig, SamplerName
+from sdxl_trainer.train.sampling.job import run_sampling
 from sdxl_trainer.train.sampling.pipeline import assign_prompts
 from sdxl_trainer.train.sampling.prompts import Prompt, load_prompts
 
@@ -23,7 +25,7 @@ FULL = replace(PLAIN, width_px=1024, height_px=832, num_inference_steps=30, seed
 def load(prompts: list[str], file: Path | None = None, **objective) -> tuple[list[Prompt], list[str]]:
     config = SampleConfig(prompts=prompts, prompt_file=file, negative_prompt="dull", **SETTINGS)
     found, problems = load_prompts(config, ObjectiveConfig(**objective))
-    return found, [f"{problem.key}: {problem.rule}" for problem in problems]
+    return found, [f"{problem.key}: {problem.rule}; {problem.cure}" for problem in problems]
 
 
 def test_flags_and_settings_make_a_prompt(tmp_path: Path) -> None:
@@ -90,6 +92,21 @@ def test_only_newlines_end_the_lines_of_prompts(tmp_path: Path) -> None:
     ]
 
 
+def test_the_empty_prompt_is_one_in_every_form(tmp_path: Path) -> None:
+    expected = [replace(PLAIN, text="", width_px=64), replace(PLAIN, text="", negative="ugly", seed=41)]
+    assert load(["--w 64", "--n ugly"]) == (expected, [])
+    objects = [{"prompt": "", "width": 64}, {"prompt": " ", "negative_prompt": "ugly"}]
+    subsets = "[[prompt.subset]]\nprompt = ''\nwidth = 64\n[[prompt.subset]]\nprompt = ''\nnegative_prompt = 'ugly'\n"
+    for name, text in {
+        "p.txt": "\n--w 64\n \n--n ugly\n",
+        "p.json": json.dumps(objects),
+        "q.json": json.dumps(["--w 64", "--n ugly"]),
+        "p.toml": subsets,
+    }.items():
+        (tmp_path / name).write_text(text)
+        assert load([], tmp_path / name) == (expected, []), name
+
+
 @pytest.mark.parametrize("dash", ["\u2013", "\u2014", "\u2212", "\u2010\u2010", "-\u2013", "\u2013-", "\uff0d\uff0d"])
 def test_a_dash_of_a_word_processor_is_named(dash: str) -> None:
     for flag in ("w", "ss", "st"):
@@ -104,7 +121,8 @@ def test_a_prompt_file_of_an_unknown_kind_is_refused(tmp_path: Path, name: str) 
     (tmp_path / name).write_text("a cat\n")
     prompts, problems = load([], tmp_path / name)
     assert prompts == []
-    assert problems == ["sample.prompt_file: is not a file of prompts: its name must end in .txt, .json, .toml"]
+    rule = "sample.prompt_file: is not a file of prompts: its name must end in .txt, .json, .toml"
+    assert [problem.startswith(rule) for problem in problems] == [True]
 
 
 @pytest.mark.parametrize(
@@ -129,33 +147,42 @@ def test_a_mistake_in_toml_is_reported_with_its_location(tmp_path: Path, content
     ("content", "message"),
     [
         ("a\nb --q 3", ":2: has the unknown flag --q"),
-        ("a --w 100", ":1: has --w = '100', which is below 64 or not a multiple of 8"),
-        ("a --w", ":1: has --w = '', which is not a whole number"),
-        ("a --s 0", "--s = '0', which is not a whole number of at least 1"),
-        ("a --d -1", "--d = '-1', which is not a whole number of at least 0"),
-        ("a --l x", "--l = 'x', which is not a number of at least 0"),
+        ("a --q 3", "--q; remove it; known flags are --n, --w, --h, --s, --l, --d, --ss, --st"),
+        ("a --W 64", "unknown flag --W; did you mean --w?"),
+        ("a --width 64", "unknown flag --width; did you mean --w?"),
+        ("a --negative-prompt b", "unknown flag --negative-prompt; did you mean --n?"),
+        ("a --cfg_scale 3", "unknown flag --cfg_scale; did you mean --l?"),
+        ("a --sampler euler", "unknown flag --sampler; did you mean --ss?"),
+        ("a --w 100", ":1: has --w = '100', which is not a multiple of 8; write 96 or 104"),
+        ("a --h 8", ":1: has --h = '8', which is below 64; write 64 or more, in multiples of 8"),
+        ("a --w", ":1: has --w = '', which is not a whole number of at least 0; write a multiple of 8 from 64 on"),
+        ("a --s 0", "--s = '0', which is not a whole number of at least 1; write a number of steps from 1 to 1000"),
+        ("a --d -1", "--d = '-1', which is not a whole number of at least 0; write a seed such as 42"),
+        ("a --l x", "--l = 'x', which is not a number of at least 0; write a guidance scale such as 7.5"),
         ("a --l inf", "--l = 'inf', which is not a number"),
         ("a --ss best", "is none of euler, dpmpp_2m, euler_a"),
         ("a --ss dpmpp_2n", "unipc; did you mean dpmpp_2m?"),
+        ("a --ss best", "euler_a, heun, dpm_2, dpm_2_a, dpmsingle, ddim, ddpm, pndm, deis, unipc; write one of these"),
         ("a --ss karras", "is no sampler but a schedule type; write --st karras"),
         (
             "a --st kaRas",
-            "which is none of normal, karras, exponential, simple, sgm_uniform; did you mean k",
+            "which is none of normal, karras, exponential, simple, sgm_uniform; did you mean karras?",
         ),
-        ("a --ss ddim --st simple", "has a schedule type, but ddim has none; write --ss euler or dpmpp_2m"),
+        ("a --ss ddim --st simple", "has a schedule type, but ddim has none; choose the sampler euler or dpmpp_2m"),
         ("a --s 1001", "--s = '1001', which is above 1000, the timesteps of the model"),
-        ("a --d 1 --d 2", "has --d twice"),
-        ("--w 64", ":1: has no prompt before its flags"),
+        ("a --d 1 --d 2", "has --d twice; remove one of them"),
         ("# nothing\n", "contains no prompt"),
         (b"\xff\xfe", "is not UTF-8"),
         ("[", ".json:1:2: malformed JSON"),
         ("{}", "is not a JSON list"),
         pytest.param("[" * 100_000, "is nested too deeply", id="deep"),
         ("[3]", "is not a JSON list"),
-        ('["a", {"text": "b"}]', ", entry 2: has no `prompt`"),
+        ('["a", {"text": "b"}]', ', entry 2: has no `prompt`; add it, as "" for the empty prompt'),
+        ('[{"prompt": 3}]', ", entry 1: has `prompt` = 3, which is not a string; write a text in quotes"),
+        ('[{"prompt": "b", "widht": 64}]', "has the unknown key `widht`; did you mean width?"),
         (
             '[{"prompt": "b", "colour": 3}]',
-            ", entry 1: has the unknown key `colour`; known keys are prompt, negative_prompt",
+            ", entry 1: has the unknown key `colour`; remove it; known keys are prompt, negative_prompt",
         ),
         ('[{"prompt": "b", "seed": 1, "seed": 2}]', "has the key `seed` twice"),
         ('[{"prompt": "b", "width": 64.5}]', "has `width` = 64.5, which is not a whole number"),
@@ -175,6 +202,17 @@ def test_a_mistake_is_reported_with_its_location(tmp_path: Path, content: str | 
 def test_the_cure_for_a_missing_file_is_to_check_the_path(tmp_path: Path) -> None:
     _, problems = load_prompts(SampleConfig(prompt_file=tmp_path / "absent.txt"), ObjectiveConfig())
     assert [problem.cure for problem in problems] == ["check the path"]
+
+
+def test_the_sampling_program_names_its_option(tmp_path: Path) -> None:
+    """An override of `sample.prompt_file` keeps the name of the setting."""
+    file = tmp_path / "prompts.txt"
+    file.write_text("a --w 100\n")
+    for overrides, keys in (([], ["--prompts"]), ([f"sample.prompt_file={tmp_path / 'p'}"], ["sample.prompt_file"])):
+        with pytest.raises(UserInputError) as caught:
+            run_sampling("no/model", file, tmp_path / "out", None, overrides)
+        found = [problem.key for problem in caught.value.problems]
+        assert [key for key in found if key in ("--prompts", "sample.prompt_file")] == keys, found
 
 
 def test_all_mistakes_are_reported_at_once(tmp_path: Path) -> None:
