@@ -20,6 +20,7 @@ from sdxl_trainer.data.index.index import Index, open_sample_index
 from sdxl_trainer.data.index.selection import build_bucket_rules, build_latent_selection, get_cache_folder
 from sdxl_trainer.data.order.keyed_random import permute
 from sdxl_trainer.launch.machine import Finding, announce_stage, convert_problem
+from sdxl_trainer.train.doctor.changed_images import examine_changed_images
 
 MAX_OPENED = 2000  # images; a smaller set is opened whole
 MAX_SECONDS = 60.0
@@ -28,7 +29,7 @@ MAX_SECONDS = 60.0
 def examine_images(config: Config, can_train: bool) -> Iterator[Finding]:
     """Open images that have no latents yet, and yield a finding: whether the cache job could use them.
 
-    Nothing is found if all images have latents. If captions cannot be read, which is reported elsewhere, the images of
+    Another finding is that images have changed. Nothing is found if all images have latents of their own. If captions cannot be read, which is reported elsewhere, the images of
     the folders are opened.
 
     Args:
@@ -41,6 +42,7 @@ def examine_images(config: Config, can_train: bool) -> Iterator[Finding]:
         return
     selection = build_latent_selection(config)
     samples = open_sample_index(get_cache_folder(config), records, selection)
+    yield from examine_changed_images(config, samples)
     rows = find_unencoded_rows(records, samples)
     if len(samples) and selection.captioned_only:  # others may have latents, which are not among the samples
         rows = rows[records.column("captioned")[rows]]
