@@ -29,8 +29,8 @@ MAX_SECONDS = 60.0
 def examine_images(config: Config, can_train: bool) -> Iterator[Finding]:
     """Open images that have no latents yet, and yield a finding: whether the cache job could use them.
 
-    Another finding is that images have changed. Nothing is found if all images have latents of their own. If captions cannot be read, which is reported elsewhere, the images of
-    the folders are opened.
+    Another finding names images that have changed. Nothing is found if all images have latents of their own. If
+    captions cannot be read, which is reported elsewhere, the images of the folders are opened.
 
     Args:
         can_train: a run can start, so images that cannot be encoded are no fault.
