@@ -1,5 +1,6 @@
 """Checks of folders that a program will write into."""
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,20 @@ def check_writable_file(key: str, file: Path) -> Iterator[Problem]:
         yield Problem(key, file, "is a folder", "give the name of a file")
         return
     yield from check_writable(key, file.parent)
+
+
+def build_index_problem(folder: Path, error: OSError) -> Problem:
+    """Build the problem of an index that must be written, in a cache folder that cannot be.
+
+    Raises:
+        OSError: `error`, if it is another one.
+    """
+    is_denied = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    if not is_denied or not str(error.filename or "").startswith(str(folder)):
+        raise error
+    rule = f"cannot be written ({error.strerror}), but data or cache have changed since its index was built"
+    cure = "allow writing to its folder index/, or start once with the same settings where that is allowed"
+    return Problem("cache.dir", folder, rule, cure)
 
 
 def check_writable(key: str, folder: Path) -> Iterator[Problem]:

@@ -14,6 +14,7 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.cache_store import open_mirror
 from sdxl_trainer.data.checks.captions import warn_about_captions
+from sdxl_trainer.data.checks.folders import build_index_problem
 from sdxl_trainer.data.formats.shards import CutShardError, ImageShardError
 from sdxl_trainer.data.images.bucket import list_buckets
 from sdxl_trainer.data.images.kohya_folders import describe_folders, list_kohya_folders
@@ -61,6 +62,8 @@ def open_checked_records(config: Config, need_captions: bool = True, is_validati
             data.masks,
             data.kohya_folders,
         )
+    except OSError as error:
+        return OpenedIndex(None, [build_index_problem(get_cache_folder(config), error)])
     except ValueError as error:
         return OpenedIndex(None, [build_source_problem(data, str(error), choose_source_cure(error, data.metadata))])
     except StoreError as error:

@@ -8,6 +8,7 @@ from loguru import logger
 from sdxl_trainer.configs.problems import Problem, format_count, join_reasons
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.bad_cures import describe_bad_cure
+from sdxl_trainer.data.checks.folders import build_index_problem
 from sdxl_trainer.data.checks.latent_files import count_unflipped
 from sdxl_trainer.data.checks.records import MAX_NAMED, OpenedIndex, build_source_problem, open_checked_records
 from sdxl_trainer.data.checks.unusable_images import UnusableImage, list_unusable_images
@@ -30,6 +31,8 @@ def open_training_set(config: Config) -> OpenedIndex:
     folder = get_cache_folder(config)
     try:
         index = open_sample_index(folder, records, build_latent_selection(config))
+    except OSError as error:
+        return OpenedIndex(None, [*problems, build_index_problem(folder, error)])
     except BadShardError as error:  # a damaged catalogue
         return OpenedIndex(None, [*problems, Problem("data.metadata", config.data.metadata, str(error), "start again")])
     if len(index) == 0:

@@ -1,6 +1,8 @@
 """Checks of records before any network is loaded."""
 
 import inspect
+import os
+from contextlib import nullcontext
 from pathlib import Path
 from types import ModuleType
 
@@ -12,6 +14,7 @@ from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.data.checks import captions, records, training_set, validation_set
 from sdxl_trainer.data.checks.records import open_checked_records
+from sdxl_trainer.data.index.selection import get_cache_folder
 from sdxl_trainer.data.text.captions import build_caption_settings
 
 
@@ -136,6 +139,24 @@ def test_rare_tags_are_not_named_if_only_some_captions_were_looked_at(messages: 
     assert [message.split(";")[0] for message in messages] == [
         f"data.caption.aliases: the 2 captions that were looked at have none of its {captions.MIN_TAGS} tags"
     ]
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "is_named"), [("index", 30, True), ("index", 28, False), ("data", 13, False)]
+)
+def test_an_index_that_cannot_be_written_is_named(
+    settings: Path, monkeypatch: pytest.MonkeyPatch, place: str, code: int, is_named: bool
+) -> None:
+    config, _ = load_config(settings)
+    folder = get_cache_folder(config) if place == "index" else settings.parent
+
+    def fail(*_: object) -> None:
+        raise OSError(code, os.strerror(code), str(folder / "file"))
+
+    monkeypatch.setattr(records, "open_record_index", fail)
+    with nullcontext() if is_named else pytest.raises(OSError):
+        index, (problem,) = open_checked_records(config)
+        assert index is None and problem.key == "cache.dir" and "Read-only" in problem.rule
 
 
 def test_a_clash_of_keys_and_missing_captions_are_reported_together(tmp_path: Path) -> None:
