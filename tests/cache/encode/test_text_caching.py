@@ -13,7 +13,9 @@ from sdxl_trainer.cache.encode import text_caching
 from sdxl_trainer.cache.encode.storage import list_shards, read_text_item
 from sdxl_trainer.cache.models.encoders import load_text_encoders, load_tokenizers
 from sdxl_trainer.cache.models.source import ModelSource
+from sdxl_trainer.configs.load import load_config
 from sdxl_trainer.configs.schema import ModelConfig
+from sdxl_trainer.data.checks.training_set import open_training_set
 from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest
 from sdxl_trainer.data.formats.shards import iterate_members
 from sdxl_trainer.data.formats.text_outputs import TextOutputs, parse_text_outputs
@@ -350,3 +352,13 @@ def test_text_of_other_programs_is_adopted_if_it_fits(filled, tmp_path, capsys):
     assert run_job(*words, TEXT) == 0 and get_report(folder)["encoded"] == 3 and hash_texts(folder) == texts
     kept = [f"{key}{end}" for key in left for end in (".npz", "_te_outputs.npz")]
     assert all(list_files(folder)[name] == before[name] for name in kept)
+
+
+def test_text_in_shards_that_are_metadata_is_not_read(filled: Path, tmp_path: Path) -> None:
+    """A cache job would encode nothing for them, so that is no cure."""
+    words = [f"data.metadata=[{filled}/shards/shards/*.tar]", f"cache.dir={tmp_path / 'own'}", TEXT]
+    config, _ = load_config(filled / "settings.yaml", words)
+    (problem,) = text_caching.check_cached_text(config, open_training_set(config).index)
+    assert "holds no cached text" in problem.rule and "launch/cache.sh" not in problem.cure
+    config, _ = load_config(filled / "settings.yaml", [f"cache.dir={filled / 'shards'}", TEXT])
+    assert list(text_caching.check_cached_text(config, open_training_set(config).index)) == []
