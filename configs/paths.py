@@ -7,6 +7,7 @@ from pathlib import Path
 
 # In an annotation such as `Annotated[str, IS_PATH]`, marks a text as a path, or as something that may be a path.
 IS_PATH = "path"
+CHECK_PATH = "check the path (relative to the working directory)"  # cure of a setting that names no file or folder
 # Folders of kohya's scripts begin with the repeats of their images: `10_dog`.
 REPEATS_PREFIX = r"(\d+)_"
 WINDOWS_PATH = re.compile(r"([A-Za-z]):[\\/]")
