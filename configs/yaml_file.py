@@ -47,11 +47,11 @@ CURES = {
     r"'\t'": "indent with spaces: YAML allows no tabs",
     "escape character": "write / instead of \\ in paths, or put single quotes around the text",
     "mapping values are not allowed": "indent settings of one section alike, and quote texts that hold a colon",
-    "but got '{'": "put quotes around texts with braces: ['s3://bucket/set-{0..9}.tar']",
+    "'{'": "put quotes around texts with braces: ['s3://bucket/set-{0..9}.tar']",
     "expected ',' or": "separate the values by commas, and quote texts that hold brackets or quotation marks",
     MISSING_COLON: SPACE_CURE,
     "is given twice": "remove one of the two",
-    "separates two entries": COMMA_CURE,
+    "separates": COMMA_CURE,
 }
 
 

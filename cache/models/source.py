@@ -122,8 +122,9 @@ def _check_vae(config: ModelConfig, own: dict[str, Any] | None) -> Iterator[Prob
     path = Path(config.vae)
     if not path.exists():
         if not HUB_ID.fullmatch(config.vae) or is_missing_path(config.vae):
-            place = "" if path.is_absolute() else ", relative to the working directory"
-            yield Problem("model.vae", config.vae, f"is neither a file, a folder nor a hub id{place}", VAE_CURE)
+            whole = path.is_absolute()
+            rule = f"is neither a file, a folder nor a hub id{'' if whole else ', relative to the working directory'}"
+            yield Problem("model.vae", config.vae, rule, VAE_CURE)
         return
     try:
         chosen = read_file_config(path) if path.is_file() else read_folder_config(path)
@@ -145,8 +146,8 @@ def _find_path_problems(path: str) -> list[str]:
     if "://" in path:
         hub = HUB_ADDRESS.match(path)
         return [f"is an address, not a path{f'; the hub id in it is {hub[1]}' if hub else ''}"]
-    place = "" if Path(path).is_absolute() else ", relative to the working directory"
-    return [f"is neither a file nor a folder{place}"]
+    whole = Path(path).is_absolute()
+    return [f"is neither a file nor a folder{'' if whole else ', relative to the working directory'}"]
 
 
 def is_missing_path(path: str) -> bool:

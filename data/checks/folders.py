@@ -56,5 +56,5 @@ def check_writable(key: str, folder: Path) -> Iterator[Problem]:
         )
 
 
-def _build_file_problem(key: str, folder: Path, file: Path) -> Problem:
-    return Problem(key, folder, f"cannot be a folder: {file} is a file", "choose another folder")
+def _build_file_problem(key: str, folder: Path, existing: Path) -> Problem:
+    return Problem(key, folder, f"cannot be a folder: {existing} is a file", "choose another folder")
