@@ -18,6 +18,7 @@ from sdxl_trainer.cache.encode.bad_images import (
 from sdxl_trainer.cache.encode.cache_setup import (
     build_identities,
     open_checked_index,
+    start_log,
     write_identities,
 )
 from sdxl_trainer.cache.encode.cache_vae import load_cache_vae
@@ -78,7 +79,6 @@ from sdxl_trainer.launch.distributed import (
     share_problems,
     wait_for_ranks,
 )
-from sdxl_trainer.launch.logger import init_logger
 from sdxl_trainer.launch.signals import Interrupted, StopRequest
 
 
@@ -117,8 +117,7 @@ def run_job(
     rank = read_environment().rank
     keep_freed_memory()
     raise_if_any(problems if rank == 0 else [])
-    folder = get_cache_folder(config)
-    init_logger(rank, config.log.level, folder / "logs", "cache")
+    folder = start_log(config, rank)
     # The other ranks wait for rank 0 in init_ranks.
     path = open_checked_index(config, list(check_masks(config.data.masks))).path if rank == 0 else None
     # Until here a signal ends the process at once: nothing is lost.

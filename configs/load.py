@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from pydantic import BaseModel, ValidationError
 
 from sdxl_trainer.configs.language.translate import CATALOGUES, choose_language
+from sdxl_trainer.configs.paths import PathError
 from sdxl_trainer.configs.problems import Problem, UserInputError, choose_cure, describe_encoding, suggest_name
 from sdxl_trainer.configs.renames import RENAMED, find_old_keys, rename_key, rename_settings, warn_of_old_names
 from sdxl_trainer.configs.schema import Config
 from sdxl_trainer.configs.section import holds_type
-from sdxl_trainer.configs.yaml_file import AmbiguousWord, dump_yaml, load_yaml
+from sdxl_trainer.configs.yaml_file import COMMA_CURE, AmbiguousWord, YamlError, dump_yaml, load_yaml
 
 if TYPE_CHECKING:
     from sdxl_trainer.configs.kohya.entries import Option
@@ -45,9 +46,21 @@ KINDS = {
         "is a section, which holds settings below it",
         "write each on a line of its own, indented, with a colon (:) of half width and a space after it",
     ),
+    "string_too_short": ("must not be empty", "write one, or remove the line"),
+    "too_short": ("must not be empty", "write its entries, or remove the line"),
     "missing": ("must be set", SEE_ALSO),
     "invalid_key": ("is not the name of a setting", "docs/CONFIG.md lists the names"),
 }
+
+# Setting with a pattern → rule and example.
+PATTERN_RULES = {
+    "run.name": ("must consist of letters, digits, `_`, `-` and `.`, without spaces, and not of dots alone", "my_run"),
+    "about.base_model": (
+        "must be a hub id: the owner, a slash and the model's name",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+    ),
+}
+HUB_ADDRESS = re.compile(r"https?://[^/]+/([\w.\-]+/[\w.\-]+)")
 
 # Values of other trainers → what to write here. The keys are dotted settings.
 FOREIGN_VALUES: dict[str, dict[str, str]] = {
@@ -59,16 +72,7 @@ FOREIGN_VALUES: dict[str, dict[str, str]] = {
     "engine.attention": {"flash_attention_2": "flash", "mem_efficient": "efficient", "xformer": "xformers"},
 }
 WIDE_COLON_CURE = "write a colon of half width, and a space"
-# Words of PyYAML's errors → what to do.
 WIDE_COLON = re.compile(r"\s*[A-Za-z_][\w.-]*\s*：")
-YAML_CURES = {
-    r"'\t'": "indent with spaces: YAML allows no tabs",
-    "escape character": "write / instead of \\ in paths, or put single quotes around the text",
-    "mapping values are not allowed": "indent settings of one section alike, and quote texts that hold a colon",
-    "expected ',' or": "put quotes around texts with braces: ['s3://bucket/set-{0..9}.tar']",
-    "expected ':'": "put a space after the colon of each setting",
-    "is given twice": "remove one of the two",
-}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> tuple[Config, list[Problem]]:
@@ -174,6 +178,9 @@ def suggest_cure(key: str) -> str:
     """Return what to write instead of an unknown key."""
     if "：" in key:
         return WIDE_COLON_CURE
+    before, colon, _ = key.partition(":")
+    if colon:
+        return f"put a space after the colon: {before.rpartition('.')[2]}: ..."
     last, near = key.rsplit(".", 1)[-1], suggest_key(key)
     option = _find_kohya_option(last)
     if option is None:
@@ -201,12 +208,11 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserInputError([Problem("--cfg", path, rule, cure)]) from None
     except UnicodeDecodeError as error:
         raise UserInputError([Problem("--cfg", path, describe_encoding(error), "save it as UTF-8")]) from None
-    except ValueError as error:
+    except YamlError as error:
         if number := _find_wide_colon(path):
             rule = f"has a full-width colon in line {number}"
             raise UserInputError([Problem("--cfg", path, rule, WIDE_COLON_CURE)]) from None
-        cure = next((cure for text, cure in YAML_CURES.items() if text in str(error)), "correct the line that is named")
-        raise UserInputError([Problem("--cfg", path, f"is not valid YAML: {error}", cure)]) from None
+        raise UserInputError([Problem("--cfg", path, f"is not valid YAML: {error}", error.cure)]) from None
     if not isinstance(raw, dict | None):
         rule, cure = "must be a mapping of sections", "start from one of configs/*.yaml"
         raise UserInputError([Problem("--cfg", path, rule, cure)])
@@ -255,9 +261,10 @@ def _apply_override(settings: dict, word: str) -> Problem | None:
         return Problem(word, None, "is not a setting", cure)
     try:
         value = load_yaml(text)
-    except ValueError:
+    except YamlError as error:
         quoted = _quote_items(text)
-        cure = f'put quotes around the texts in it: "{key}={quoted}"' if quoted else "quote the value"
+        other = COMMA_CURE if error.cure == COMMA_CURE else "quote the value"
+        cure = f'put quotes around the texts in it: "{key}={quoted}"' if quoted else other
         return Problem(key, text, "is not valid YAML", cure)
     node = settings
     *parents, last = rename_key(key).split(".")
@@ -343,8 +350,8 @@ def _list_violations(error: ValidationError, settings: dict) -> _Violations:
             key = f"{key}.{item['loc'][-1]}"
         if item["type"] == "extra_forbidden":
             is_in_list = any(isinstance(part, int) for part in item["loc"])
-            rule, cure = "is not a known key", SEE_ALSO if is_in_list else suggest_cure(key)
-            violations.problems.append(Problem(key, item["input"], rule, cure))
+            cure = SEE_ALSO if is_in_list and ":" not in key else suggest_cure(key)
+            violations.problems.append(Problem(key, item["input"], "is not a known key", cure))
             violations.unset.append(suggest_key(key))
         elif item["type"] == "value_error":
             violations.contradictions.append(_build_value_problem(key, item))
@@ -389,12 +396,30 @@ def _build_value_problem(key: str, item: Mapping[str, Any]) -> Problem:
         return Problem(key, value, f"must be {item['ctx']['expected']}", cure)
     if kind == "string_type" and isinstance(given, (int, float)):
         return Problem(key, value, "must be a text", f'quote it: "{given}"')
+    if kind == "string_pattern_mismatch":
+        return Problem(key, value, *_explain_pattern(key, str(given), item["ctx"]["pattern"]))
+    if kind == "too_long":
+        rule = f"must have at most {item['ctx']['max_length']} values, not {item['ctx']['actual_length']}"
+        return Problem(key, value, rule, "remove the others; a number has a decimal point, not a comma")
+    if kind == "float_parsing" and "," in str(given):
+        return Problem(key, value, KINDS[kind][0], "write a decimal point instead of the comma, such as 0.1 or 1e-5")
     if kind in KINDS:
         rule, cure = KINDS[kind]
         return Problem(key, value, rule, choose_cure(given, cure.format(value=given)))
-    # The sentences of the project's own validators name the cure.
+    # The sentences of the project's own validators name the cure, except for those about paths.
     rule = item["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
-    return Problem(key, value, rule, SEE_ALSO if kind == "value_error" else f"change it; {SEE_ALSO}")
+    error = item["ctx"]["error"] if kind == "value_error" else None
+    cure = error.cure if isinstance(error, PathError) else SEE_ALSO if error else f"change it; {SEE_ALSO}"
+    return Problem(key, value, rule, cure)
+
+
+def _explain_pattern(key: str, text: str, pattern: str) -> tuple[str, str]:
+    """Return the rule of a text that does not match its setting's pattern, and what to write: a like text, or an
+    example."""
+    rule, example = PATTERN_RULES[key]
+    address = HUB_ADDRESS.match(text)
+    name = address[1] if address else re.sub(r"[^\w.\-]+", "_", text).strip("_.")
+    return rule, f"write one such as {name if re.fullmatch(pattern, name) else example}"
 
 
 def _trim_location(location: tuple, settings: Any) -> tuple:

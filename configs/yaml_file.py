@@ -7,7 +7,9 @@ configs/load.py refuses, except for `yes`, `no`, `on` and `off` in settings that
 
 import math
 import re
-from typing import Any
+from contextlib import suppress
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import yaml
 
@@ -35,6 +37,34 @@ LINE_ENDS = re.compile("[\\r\\x85\\u2028\\u2029]")
 SWITCHES = {"yes": True, "on": True, "no": False, "off": False}
 MAX_DEPTH = 64
 MISSING_COLON = "could not find expected ':'"  # PyYAML's words
+OPEN_BRACKET = re.compile(r"expected ',' or .*, but got '(?!<scalar>|\{|\[)")  # PyYAML's words, too
+NO_SPACE = re.compile(r"\s*(?:- )?[A-Za-z_]\w*:(?![\s/])")  # a key whose colon is no YAML
+NUMBER = re.compile(r"[-+]?[0-9][0-9.]*(?:[eE][-+]?[0-9]+)?")
+COMMA_CURE = "write a decimal point instead of the comma, and thousands without a separator"
+SPACE_CURE = "put a space after the colon of each setting"
+# Words of the errors of PyYAML and of this module → what to do.
+CURES = {
+    r"'\t'": "indent with spaces: YAML allows no tabs",
+    "escape character": "write / instead of \\ in paths, or put single quotes around the text",
+    "mapping values are not allowed": "indent settings of one section alike, and quote texts that hold a colon",
+    "'{'": "put quotes around texts with braces: ['s3://bucket/set-{0..9}.tar']",
+    "expected ',' or": "separate the values by commas, and quote texts that hold brackets or quotation marks",
+    MISSING_COLON: SPACE_CURE,
+    "is given twice": "remove one of the two",
+    "separates": COMMA_CURE,
+}
+
+
+class YamlError(ValueError):
+    """A YAML document is malformed. The message is a single line.
+
+    Args:
+        cure: what to do about it.
+    """
+
+    def __init__(self, message: str, cure: str):
+        super().__init__(message)
+        self.cure = cure
 
 
 class AmbiguousWord(str):
@@ -50,27 +80,47 @@ def load_yaml(text: str) -> Any:
     """Parse a YAML document. Words whose value is ambiguous become `AmbiguousWord`s.
 
     Raises:
-        ValueError: the document is malformed, gives a key twice, contains itself, or is nested too deeply. The message
-            is a single line.
+        YamlError: the document is malformed, gives a key twice, contains itself, or is nested too deeply.
     """
     try:
         content = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        raise ValueError(_describe_error(error)) from None
+        raise _explain_error(error, text) from None
     except RecursionError:
-        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep") from None
+        raise YamlError(f"it is nested more than {MAX_DEPTH} levels deep", "nest it less deeply") from None
     _verify_depth(content, (), set())
     return content
 
 
-def _describe_error(error: yaml.YAMLError) -> str:
-    """Return the place of a mistake and its reason in one line, without the excerpt of the document."""
+def _explain_error(error: yaml.YAMLError, text: str) -> YamlError:
+    """Return the place of a mistake and its reason in one line, without the excerpt of the document, and the cure."""
+    if isinstance(error, yaml.reader.ReaderError):
+        before = text[: error.position]
+        line, column = before.count("\n") + 1, error.position - before.rfind("\n")
+        reason = f"the character U+{error.character:04X} is not allowed"
+        return YamlError(f"line {line}, column {column}: {reason}", "remove this character")
     if not isinstance(error, yaml.MarkedYAMLError):
-        return str(error).partition("\n")[0]
+        return YamlError(str(error).partition("\n")[0], "correct the file")
     # The parser notices a missing colon only in the line below the key, whose place is the context.
     mark = error.context_mark if error.problem == MISSING_COLON else error.problem_mark
-    mark, reason = mark or error.context_mark, error.problem or error.context
-    return f"line {mark.line + 1}, column {mark.column + 1}: {reason}" if mark else f"{reason}"
+    mark, reason = mark or error.context_mark, error.problem or error.context or ""
+    if mark is None:
+        return YamlError(reason, "correct the file")
+    cure = next((cure for words, cure in CURES.items() if words in reason), "correct the line that is named")
+    line, column = mark.line, mark.column
+    if quoted := _find_quotation(error, text):
+        if quoted.start_mark.line == line:
+            cure = "double the quotation mark inside the text, or quote the text with the other kind"
+        else:
+            reason, cure = "the quotation mark is not closed in its line", "close it at the end of the text"
+            line, column = quoted.start_mark.line, quoted.start_mark.column
+    elif (opened := _find_open_bracket(error, reason)) is not None:
+        reason, cure = f"the bracket is not closed before line {line + 1}", "close it after its last entry"
+        line, column = opened.line, opened.column
+    elif (number := _find_missing_space(reason, text.splitlines(), line)) is not None:
+        reason, cure = "there is no space after the colon", SPACE_CURE
+        line, column = number, text.splitlines()[number].index(":")
+    return YamlError(f"line {line + 1}, column {column + 1}: {reason}", cure)
 
 
 def dump_yaml(content: Any) -> str:
@@ -78,15 +128,71 @@ def dump_yaml(content: Any) -> str:
     return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
+class _Quotation(NamedTuple):
+    """A text in quotation marks, or one whose quotation mark is not closed."""
+
+    start_mark: yaml.Mark
+    end_mark: yaml.Mark
+
+
+def _find_quotation(error: yaml.MarkedYAMLError, text: str) -> _Quotation | None:
+    """Return the text in quotation marks that a mistake follows from, or None.
+
+    A quotation mark that is not closed ends at the next one, lines further down, or nowhere; a quotation mark inside a
+    text ends it. What follows is the mistake that PyYAML notices.
+    """
+    noticed = error.problem_mark
+    if noticed is None:
+        return None
+    opened = error.context_mark if error.context == "while scanning a quoted scalar" else None
+    line = opened.line if opened else noticed.line
+    with suppress(yaml.YAMLError):
+        for token in yaml.scan(text, Loader=_Loader):
+            start, end = token.start_mark, token.end_mark
+            if not isinstance(token, yaml.ScalarToken) or token.plain or end.line != line:
+                continue
+            if start.line < line or (end.index == noticed.index and not opened):
+                return _Quotation(start, end)
+    return _Quotation(opened, noticed) if opened and error.problem == "found unexpected end of stream" else None
+
+
+def _find_open_bracket(error: yaml.MarkedYAMLError, reason: str) -> yaml.Mark | None:
+    """Return the place of the bracket whose end the parser misses in a later line, or None for another mistake."""
+    opened, noticed = error.context_mark, error.problem_mark
+    if opened is None or noticed is None or not OPEN_BRACKET.match(reason):
+        return None
+    return opened if opened.line < noticed.line or "<stream end>" in reason else None
+
+
+def _find_missing_space(reason: str, lines: list[str], number: int) -> int | None:
+    """Return the line, counted from 0, whose colon lacks a space and is therefore a part of a word; None if none."""
+    if reason.startswith("mapping values are not allowed"):
+        # The word continues in the next line with text, whose own colon is the mistake that PyYAML notices.
+        number = next((above for above in range(number - 1, -1, -1) if lines[above].strip()), number)
+    elif reason != MISSING_COLON:
+        return None
+    return number if NO_SPACE.match(lines[number]) else None
+
+
 def _verify_depth(value: Any, parents: tuple[int, ...], finished: set[int]) -> None:
     """Verify that nested values end. An anchor inside its own value makes a value that contains itself."""
     if not isinstance(value, (dict, list)) or id(value) in finished:
         return
     if id(value) in parents or len(parents) >= MAX_DEPTH:
-        raise ValueError(f"it contains itself, or is nested more than {MAX_DEPTH} levels deep")
+        raise YamlError(f"it contains itself, or is nested more than {MAX_DEPTH} levels deep", "nest it less deeply")
     for item in value.values() if isinstance(value, dict) else value:
         _verify_depth(item, (*parents, id(value)), finished)
     finished.add(id(value))
+
+
+def _refuse_decimal_comma(node: yaml.MappingNode) -> None:
+    """Raise if a number in braces has a comma, such as `{lr: 5,0e-4}`: YAML reads its second half as a key."""
+    for (_, value), (key, nothing) in pairwise(node.value):
+        halves = [part.value for part in (value, key) if isinstance(part, yaml.ScalarNode) and part.style is None]
+        is_close = key.start_mark.index == value.end_mark.index + 1
+        if is_close and nothing.value == "" and len(halves) == 2 and all(map(NUMBER.fullmatch, halves)):
+            reason = f"the comma in {halves[0]},{halves[1]} separates two entries"
+            raise yaml.constructor.ConstructorError(None, None, reason, value.start_mark)
 
 
 class _WordResolver(yaml.resolver.BaseResolver):
@@ -120,6 +226,7 @@ class _Loader(_WordResolver, yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         seen = set()
+        _refuse_decimal_comma(node)
         for key_node, _ in node.value:
             if key_node.tag == TAG + "merge":
                 continue

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
+from sdxl_trainer.configs.paths import CHECK_PATH
 from sdxl_trainer.configs.problems import Problem, UserInputError, suggest_name
 
 FORM = "path/to/file.py:{0} or module:{0}"
@@ -54,8 +55,7 @@ def load_own_code(key: str, spec: str, kind: str = "class") -> OwnCode:
     if place.endswith(".py"):
         place = str(Path(place).resolve())
         if not Path(place).is_file():
-            cure = "check the path (relative to the working directory)"
-            raise UserInputError([Problem(key, spec, f"{place} is not a file", cure)])
+            raise UserInputError([Problem(key, spec, f"{place} is not a file", CHECK_PATH)])
         load, spec = _load_file, f"{place}:{name}"
     elif is_missing_module(place):
         cure = "check the name, install its package, or give the file: path/to/file.py:Name"

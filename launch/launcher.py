@@ -8,6 +8,7 @@ which bury that reason. This module prints one line instead, which names the ran
 is executed unchanged.
 """
 
+import argparse
 import logging
 import os
 import signal
@@ -32,13 +33,17 @@ def print_setting_problems(words: list[str]) -> int:
 
     Returns:
         the exit status: 2 if there are problems, otherwise 0.
+
+    Raises:
+        argparse.ArgumentTypeError: `--cfg` is followed by no path, or by one that cannot be expanded.
     """
     file = find_settings(words)
     if file is None:
         return STATUS_DONE
+    path = parse_path(file)
     logger.remove()  # the program logs which names have changed
     try:
-        _, problems = load_config(parse_path(file), [word for word in words if "=" in word and word[0] != "-"])
+        _, problems = load_config(path, [word for word in words if "=" in word and word[0] != "-"])
     except UserInputError as error:
         problems = error.problems
     if not problems:
@@ -48,10 +53,10 @@ def print_setting_problems(words: list[str]) -> int:
 
 
 def find_settings(words: list[str]) -> str | None:
-    """Return the file that follows `--cfg`, or None."""
+    """Return the file that follows `--cfg`, or None; an empty text if an option or nothing follows."""
     for word, following in pairwise([*words, ""]):
         if word == "--cfg":
-            return following
+            return "" if following.startswith("-") else following
         if word.startswith("--cfg="):
             return word.partition("=")[2]
     return None
@@ -98,8 +103,12 @@ def quiet_torchrun() -> None:
 def main(launcher: str, arguments: list[str]) -> int:
     """Check the settings, run the launcher, and return its exit status, or 2 for wrong settings."""
     program = next((place for place, word in enumerate(arguments) if word.endswith(".py")), len(arguments))
-    if print_setting_problems(arguments[program + 1 :]) != STATUS_DONE:
-        return record_status(STATUS_WRONG_INPUT)
+    try:
+        status = print_setting_problems(arguments[program + 1 :])
+    except argparse.ArgumentTypeError:  # the program's own parser explains the mistake, together with its usage
+        os.execv(sys.executable, [sys.executable, *arguments[program:]])
+    if status != STATUS_DONE:
+        return record_status(status)
     sys.stderr.write(f"+ {launcher} {' '.join(arguments)}\n")
     sys.stderr.flush()
     if launcher != "torchrun":

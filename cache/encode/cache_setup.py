@@ -14,7 +14,7 @@ from sdxl_trainer.cache.models.model_pair import check_pair
 from sdxl_trainer.cache.models.source import check_model
 from sdxl_trainer.configs.problems import Problem, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
-from sdxl_trainer.data.checks.folders import check_writable
+from sdxl_trainer.data.checks.folders import check_folder, check_writable
 from sdxl_trainer.data.checks.records import open_checked_records
 from sdxl_trainer.data.checks.unused import check_unused, log_doubts
 from sdxl_trainer.data.formats.manifest import Identity, read_identity, write_identity
@@ -23,6 +23,7 @@ from sdxl_trainer.data.index.selection import build_bucket_rules, get_cache_fold
 from sdxl_trainer.data.packages import list_missing_packages
 from sdxl_trainer.launch.distributed import Ranks, share_problems
 from sdxl_trainer.launch.folder_lock import lock_folder
+from sdxl_trainer.launch.logger import init_logger
 
 # Masks and mirrored latents have no effect on a training without their settings, but on the cache.
 UNUSED_IN_A_JOB = ("cache.spool", "cache.text_variants")
@@ -41,10 +42,11 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     """
     logger.info("checking the settings and the data")
     folder = get_cache_folder(config)
-    unwritable = list(check_writable("cache.dir", folder))
+    # A file among the image folders is a problem of its own, of which the check of the records knows more.
+    unwritable = [] if config.cache.dir is None and folder.is_file() else list(check_writable("cache.dir", folder))
     if config.cache.dir is None and config.cache.format == "npz":  # latents lie beside the images
         for number, images in enumerate(config.data.image_dirs):
-            unwritable += check_writable(f"data.image_dirs.{number}", images)
+            unwritable += [] if images.is_file() else check_writable(f"data.image_dirs.{number}", images)
     raise_if_any([*problems, *unwritable] if unwritable else [])  # the index would be written there, too
     index, found = open_checked_records(config, need_captions=config.cache.text)
     caption_problems = check_captioning(config.data, config.cache, index)
@@ -56,6 +58,18 @@ def open_checked_index(config: Config, problems: list[Problem]) -> Index:
     for setting, package in list_missing_packages(config).items():
         logger.warning("training with {} needs the package {}: pip install {}", setting, package, package)
     return index
+
+
+def start_log(config: Config, rank: int) -> Path:
+    """Start the log in the cache folder, and return that folder.
+
+    Raises:
+        UserInputError: `cache.dir` is a file, which would be reported as a log that cannot be written.
+    """
+    folder = get_cache_folder(config)
+    raise_if_any(check_folder("cache.dir", folder) if rank == 0 and config.cache.dir is not None else ())
+    init_logger(rank, config.log.level, None if folder.is_file() else folder / "logs", "cache")
+    return folder
 
 
 def build_identities(cache: CacheConfig, data: DataConfig, vae: CacheVae) -> dict[str, Identity]:

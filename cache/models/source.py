@@ -27,6 +27,7 @@ from sdxl_trainer.cache.models.vae_config import (
     read_file_config,
     read_folder_config,
 )
+from sdxl_trainer.configs.paths import CHECK_PATH
 from sdxl_trainer.configs.problems import Problem, UserInputError, join_reasons
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.data.text.tokens import VOCABULARY_FILES, has_vocabulary
@@ -102,7 +103,7 @@ def _check_path(config: ModelConfig) -> Iterator[Problem]:
         yield from _check_single_file(config, path)
     elif is_missing_path(config.path):
         rule = f"does not exist; it is not looked up on the hub, because the folder {path.parts[0]} exists here"
-        yield Problem("model.path", config.path, rule, "check the path")
+        yield Problem("model.path", config.path, rule, CHECK_PATH)
     elif problems := _find_path_problems(config.path):
         files = sorted(path.glob("*.safetensors")) if config.path and path.is_dir() else []
         cure = f"give the file itself, such as {files[0]}" if files else PATH_CURE
@@ -121,7 +122,9 @@ def _check_vae(config: ModelConfig, own: dict[str, Any] | None) -> Iterator[Prob
     path = Path(config.vae)
     if not path.exists():
         if not HUB_ID.fullmatch(config.vae) or is_missing_path(config.vae):
-            yield Problem("model.vae", config.vae, "is neither a file, a folder nor a hub id", VAE_CURE)
+            whole = path.is_absolute()
+            rule = f"is neither a file, a folder nor a hub id{'' if whole else ', relative to the working directory'}"
+            yield Problem("model.vae", config.vae, rule, VAE_CURE)
         return
     try:
         chosen = read_file_config(path) if path.is_file() else read_folder_config(path)
@@ -143,7 +146,8 @@ def _find_path_problems(path: str) -> list[str]:
     if "://" in path:
         hub = HUB_ADDRESS.match(path)
         return [f"is an address, not a path{f'; the hub id in it is {hub[1]}' if hub else ''}"]
-    return ["is neither a file nor a folder"]
+    whole = Path(path).is_absolute()
+    return [f"is neither a file nor a folder{'' if whole else ', relative to the working directory'}"]
 
 
 def is_missing_path(path: str) -> bool:

@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from sdxl_trainer.cache.encode.cache_setup import build_identities, lock_cache, open_checked_index, write_identities
+from sdxl_trainer.cache.encode.cache_setup import (
+    build_identities,
+    lock_cache,
+    open_checked_index,
+    start_log,
+    write_identities,
+)
 from sdxl_trainer.cache.encode.cache_vae import check_cache_vae, identify_vae
 from sdxl_trainer.cache.encode.storage import (
     NpzStorage,
@@ -126,8 +132,7 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     if read_environment().rank != 0:
         return
     raise_if_any(problems)
-    folder = get_cache_folder(config)
-    init_logger(0, config.log.level, folder / "logs", "cache")
+    folder = start_log(config, 0)
     index = open_checked_index(config, [])
     source = resolve_model(config.model)
     vae = identify_vae(source, config.model, load_vae(source, config.model))

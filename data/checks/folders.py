@@ -34,6 +34,16 @@ def build_index_problem(folder: Path, error: OSError) -> Problem:
     return Problem("cache.dir", folder, rule, cure)
 
 
+def check_folder(key: str, folder: Path) -> Iterator[Problem]:
+    """Yield a problem if a folder, which may not exist yet, or a part of its path is a file.
+
+    Args:
+        key: the setting that names the folder.
+    """
+    if file := next((path for path in (folder, *folder.parents) if path.is_file()), None):
+        yield _build_file_problem(key, folder, file)
+
+
 def check_writable(key: str, folder: Path) -> Iterator[Problem]:
     """Yield a problem if files cannot be written into a folder, which may not exist yet.
 
@@ -47,9 +57,7 @@ def check_writable(key: str, folder: Path) -> Iterator[Problem]:
         yield Problem(key, folder, f"cannot be used: {error.strerror}", "give this user the right to it, or change it")
         return
     if not is_folder:
-        yield Problem(
-            key, folder, f"cannot be a folder: {existing} is a file", "remove that file, or change the setting"
-        )
+        yield _build_file_problem(key, folder, existing)
     elif disk.f_flag & os.ST_RDONLY:
         yield Problem(
             key, folder, f"cannot be written: {existing} is mounted read-only", "choose a folder on another disk"
@@ -61,3 +69,7 @@ def check_writable(key: str, folder: Path) -> Iterator[Problem]:
         yield Problem(
             key, folder, f"cannot be written: its disk has no {lack} left", "free some, or choose another disk"
         )
+
+
+def _build_file_problem(key: str, folder: Path, existing: Path) -> Problem:
+    return Problem(key, folder, f"cannot be a folder: {existing} is a file", "choose another folder")

@@ -2,6 +2,7 @@
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from itertools import permutations
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.checks.cache_store import open_mirror
 from sdxl_trainer.data.checks.captions import warn_about_captions
-from sdxl_trainer.data.checks.folders import build_index_problem
+from sdxl_trainer.data.checks.folders import build_index_problem, check_folder
 from sdxl_trainer.data.formats.shards import CutShardError, ImageShardError
 from sdxl_trainer.data.images.bucket import list_buckets
 from sdxl_trainer.data.images.kohya_folders import describe_folders, list_kohya_folders
@@ -65,7 +66,9 @@ def open_checked_records(config: Config, need_captions: bool = True, is_validati
     except OSError as error:
         return OpenedIndex(None, [build_index_problem(get_cache_folder(config), error)])
     except ValueError as error:
-        return OpenedIndex(None, [build_source_problem(data, str(error), choose_source_cure(error, data.metadata))])
+        overlap = find_overlap(data) if isinstance(error, DuplicateKeyError) else None
+        problem = overlap or build_source_problem(data, str(error), choose_source_cure(error, data.metadata))
+        return OpenedIndex(None, [problem])
     except StoreError as error:
         if not isinstance(error.__cause__, StreamError):
             raise
@@ -95,6 +98,8 @@ def check_data_settings(data: DataConfig, cache_dir: Path | str | None) -> Itera
     if data.caption.fix_text and importlib.util.find_spec("ftfy") is None:
         cure = "pip install ftfy, or set it to false; other characters than ASCII may then be other tokens"
         yield Problem("data.caption.fix_text", True, "needs the package ftfy", cure)
+    if cache_dir is not None and not is_remote(cache_dir):
+        yield from check_folder("cache.dir", Path(cache_dir))
     if cache_dir is None and data.metadata and is_remote(data.metadata[0]):
         rule = "must be set if data.metadata is a URL: the index needs a local folder"
         yield Problem("cache.dir", None, rule, "set it to a folder with free disk space")
@@ -223,6 +228,25 @@ def build_source_problem(data: DataConfig, rule: str, cure: str) -> Problem:
     paths: Sequence[Any] = data.metadata or data.image_dirs
     value = ", ".join(map(str, paths))
     return Problem(key, value, rule.removeprefix(f"{value}: "), cure)  # the one source is named already
+
+
+def find_overlap(data: DataConfig) -> Problem | None:
+    """Return the problem of an image folder that is named twice or lies in another one, or None: its images come twice.
+
+    With metadata, image folders are only searched, and may overlap.
+    """
+    named = [
+        (f"data.{name}.{number}", folder, folder.resolve())
+        for name in ("image_dirs", "regularisation_dirs")
+        for number, folder in enumerate(getattr(data, name))
+    ]
+    for (_, outer, whole), (key, inner, part) in permutations(() if data.metadata else named, 2):
+        if part == whole:
+            return Problem(key, inner, "is named twice", "remove this entry")
+        if part.is_relative_to(whole):
+            cure = f"remove this entry, or move the folder out of {outer}"
+            return Problem(key, inner, f"lies in {outer}, so its images come twice", cure)
+    return None
 
 
 def choose_source_cure(error: ValueError, metadata: Sequence[Path | str]) -> str:

@@ -56,7 +56,7 @@ def open_validation_set(config: Config) -> OpenedIndex:
         return OpenedIndex(None, [problem])
     derived = derive_validation_config(config)
     records, problems = open_checked_records(derived, is_validation=True)
-    problems = [replace(problem, key=problem.key.replace("data", "validation", 1)) for problem in problems]
+    problems = [replace(problem, key=_rename_key(problem.key, settings)) for problem in problems]
     if records is None or problems:
         return OpenedIndex(None, problems)
     folder = get_cache_folder(derived)
@@ -67,6 +67,11 @@ def open_validation_set(config: Config) -> OpenedIndex:
         problem = Problem("validation.cache_dir", folder, rule, cure, is_next_step=True)
         return OpenedIndex(None, [problem])
     return OpenedIndex(index, [])
+
+
+def _rename_key(key: str, settings: ValidationConfig) -> str:
+    """Return the setting of the validation set that took the place of one of the training set."""
+    return "validation.cache_dir" if key == "cache.dir" and settings.cache_dir else key.replace("data", "validation", 1)
 
 
 def find_held_out_rows(settings: ValidationConfig, index: Index, validation_index: Index | None) -> np.ndarray:

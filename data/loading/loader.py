@@ -7,7 +7,7 @@ import signal
 import threading
 import warnings
 from collections.abc import Iterator
-from multiprocessing import get_all_start_methods, get_context, parent_process
+from multiprocessing import forkserver, get_all_start_methods, get_context, parent_process, resource_tracker
 from typing import Any
 
 import numpy as np
@@ -34,7 +34,9 @@ from sdxl_trainer.data.text.variants import CaptionVariants
 
 PREFETCH_PER_WORKER = 4
 TERM_PATIENCE_SECONDS = 10.0
-PRELOADED_MODULE = "sdxl_trainer.data.loading.preload"
+# The server imports them in this order: the first one takes no time and protects the imports of the second.
+PRELOADED_MODULES = ["sdxl_trainer.data.loading.server_signals", "sdxl_trainer.data.loading.preload"]
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 def build_plan(
@@ -149,7 +151,9 @@ def iterate_batches(
         os.environ[SOURCES_VARIABLE] = os.pathsep.join(sources)
         if (rules := dataset.settings.caption.rules) is not None:
             os.environ[RULES_VARIABLE] = json.dumps(rules.sources)
-        context.set_forkserver_preload([PRELOADED_MODULE])
+        if context.get_start_method() == "forkserver":
+            context.set_forkserver_preload(PRELOADED_MODULES)
+            _start_server()
         worker_options = dict(
             multiprocessing_context=context, prefetch_factor=PREFETCH_PER_WORKER, worker_init_fn=_init_worker
         )
@@ -170,6 +174,20 @@ def iterate_batches(
     for variable in (SOURCES_VARIABLE, RULES_VARIABLE):  # the server has read them by now
         os.environ.pop(variable, None)
     return batches
+
+
+def _start_server() -> None:
+    """Start the server of the workers, and multiprocessing's tracker of semaphores, so that both outlast stop signals.
+
+    They inherit blocked signals. The server ignores them from its first module on; the tracker needs none of them.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        resource_tracker.ensure_running()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the tracker's start has unblocked two of them
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _init_worker(worker: int) -> None:

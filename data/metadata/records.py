@@ -16,6 +16,7 @@ import numpy as np
 import orjson
 import pyarrow as pa
 
+from sdxl_trainer.configs.paths import CHECK_PATH
 from sdxl_trainer.configs.problems import Problem, choose_cure, format_count, join_reasons
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.images.folder_keys import FolderKeys
@@ -61,9 +62,8 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
         cure = "set data.metadata to a metadata file, or data.image_dirs to folders with images"
         yield Problem("data", None, "names neither metadata nor image folders", cure)
         return
-    path_cure = "check the path (relative to the working directory)"
     for number, pattern in enumerate(metadata):
-        cure = "check the bucket, the folder and the name in the URL" if is_remote(pattern) else path_cure
+        cure = "check the bucket, the folder and the name in the URL" if is_remote(pattern) else CHECK_PATH
         try:
             missing = _list_missing_files(pattern)
         except ShardListError as error:
@@ -90,7 +90,7 @@ def check_sources(metadata: Sequence[Path | str], image_dirs: Sequence[Path]) ->
             )
             yield Problem(f"data.image_dirs.{number}", path, rule, cure)
         elif not path.is_dir():
-            yield Problem(f"data.image_dirs.{number}", path, "is not a folder", choose_cure(path, path_cure))
+            yield Problem(f"data.image_dirs.{number}", path, "is not a folder", choose_cure(path, CHECK_PATH))
 
 
 class _MissingFile(NamedTuple):

@@ -5,6 +5,7 @@ from typing import Literal
 
 import numpy as np
 
+from sdxl_trainer.configs.paths import CHECK_PATH
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.configs.schema import DataConfig
 from sdxl_trainer.data.index.index import Index
@@ -12,7 +13,7 @@ from sdxl_trainer.data.index.index import Index
 
 def check_regularisation(data: DataConfig) -> Iterator[Problem]:
     """Yield a problem for each missing folder of regularisation images, and one if `data.metadata` is set too."""
-    key, cure = "data.regularisation_dirs", "check the path (relative to the working directory)"
+    key, cure = "data.regularisation_dirs", CHECK_PATH
     for number, path in enumerate(data.regularisation_dirs):
         if not path.is_dir():
             yield Problem(f"{key}.{number}", path, "is not a folder", cure)

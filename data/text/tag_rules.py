@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 from graphlib import CycleError, TopologicalSorter
 from itertools import chain
+from pathlib import Path
 from typing import NamedTuple
 
 from sdxl_trainer.configs.captions import CaptionConfig
+from sdxl_trainer.configs.paths import CHECK_PATH
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.data.files import read_regular
 from sdxl_trainer.data.text.weights import SPECIAL, WeightedText, format_weight, parse_weights
@@ -286,8 +288,10 @@ def _note_problem(problems: list[Problem], sources: TagSources, key: str) -> Ite
     try:
         yield
     except TagFileError as error:
-        cure = "correct the file, or leave the setting out"
-        problems.append(Problem(f"{SECTION}.{key}", getattr(sources, key), str(error), cure))
+        named = getattr(sources, key)
+        is_missing = isinstance(named, str) and not Path(named).exists()
+        cure = CHECK_PATH if is_missing else "correct the file, or leave the setting out"
+        problems.append(Problem(f"{SECTION}.{key}", named, str(error), cure))
 
 
 def _read_source(path: str | None) -> bytes:

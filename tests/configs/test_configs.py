@@ -15,6 +15,7 @@ from programs import ROOT
 
 from sdxl_trainer.configs.document import build_page
 from sdxl_trainer.configs.load import (
+    PATTERN_RULES,
     SEE_ALSO,
     build_config,
     dump_config,
@@ -200,6 +201,7 @@ def test_all_problems_are_reported_at_once_and_the_rest_is_kept(tmp_path):
         ("run: {name: a}\nrun: {name: b}", "key 'run' is given twice"),
         ("run:\n  name: a\n  seed: 1\n  name: b", "line 4"),
         ("run: [a", "line 1"),
+        ("run: [a\n", "line 1, column 6"),
         (
             "run:\n  name\n  seed: 1\ntrain: {}",
             "is not valid YAML: line 3, column 7: mapping values are not allowed here",
@@ -423,20 +425,22 @@ def test_every_path_is_expanded(tmp_path, monkeypatch, key, path):
 
 
 @pytest.mark.parametrize(
-    ("path", "rule"),
+    ("path", "rule", "cure"),
     [
-        ("$ABSENT/a", "names the environment variable ABSENT, which is not set"),
-        ("/a/${EMPTY}", "names the environment variable EMPTY, which is not set"),
-        ("~no-such-user/a", "names the home folder of ~no-such-user, which does not exist"),
-        ("' '", "is an empty path"),
+        ("$ABSENT/a", "names the environment variable ABSENT, which is not set", "export it, or write the path"),
+        ("/a/${EMPTY}", "names the environment variable EMPTY, which is not set", "export it, or write the path"),
+        ("~no-such-user/a", "names the home folder of ~no-such-user, which does not exist", "correct the user's name"),
+        ("' '", "is an empty path", "write the path"),
+        ("'D:\\a'", "is a path of Windows", "write this machine's, under WSL /mnt/d/a"),
     ],
 )
-def test_a_path_that_cannot_be_expanded_is_a_problem(monkeypatch, path, rule):
+def test_a_path_that_cannot_be_expanded_is_a_problem(monkeypatch, path, rule, cure):
     monkeypatch.delenv("ABSENT", raising=False)
     monkeypatch.setenv("EMPTY", "")
-    for key in ("run.dir", "data.image_dirs", "model.path"):
-        problems = build_config({}, [f"{key}={path}"])[1]
-        assert [(problem.key, problem.rule) for problem in problems] == [(key, rule)]
+    for key in ("run.dir", "data.image_dirs", "model.path", "engine.deepspeed.nvme_path"):
+        [problem] = build_config({}, [f"{key}={path}"])[1]
+        assert problem.key == (key if key != "engine.deepspeed.nvme_path" else "engine.deepspeed")
+        assert problem.rule == rule and problem.cure.startswith(cure)
 
 
 def test_folders_with_special_names_are_found_again_from_saved_settings(tmp_path, monkeypatch):
@@ -541,3 +545,84 @@ def test_paths_on_the_command_line_are_expanded(monkeypatch):
     assert parser.parse_args(["--cfg=~/a.yaml"]).cfg == Path("/home/x/a.yaml")
     with pytest.raises(argparse.ArgumentTypeError, match="'.ABSENT/a' names the environment variable ABSENT"):
         parse_path("$ABSENT/a")
+
+
+NAME_RULE = "must consist of letters, digits, `_`, `-` and `.`, without spaces, and not of dots alone"
+HUB_RULE = "must be a hub id: the owner, a slash and the model's name"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "rule", "instead"),
+    [
+        ("run.name", "my run", NAME_RULE, "my_run"),
+        ("run.name", "../cats/a", NAME_RULE, "cats_a"),
+        ("run.name", "..", NAME_RULE, "my_run"),
+        ("about.base_model", "sdxl", HUB_RULE, "stabilityai/stable-diffusion-xl-base-1.0"),
+        ("about.base_model", "https://huggingface.co/a/b-1/tree/main", HUB_RULE, "a/b-1"),
+    ],
+)
+def test_a_text_that_does_not_match_a_pattern_gets_one_that_does(key: str, value: str, rule: str, instead: str) -> None:
+    [problem] = build_config({}, [f"{key}='{value}'"])[1]
+    assert (problem.key, problem.rule, problem.cure) == (key, rule, f"write one such as {instead}")
+    assert build_config({}, [f"{key}={instead}"])[1] == []
+
+
+def test_every_pattern_is_explained() -> None:
+    with_pattern = {key for key, field in FIELDS.items() for limit in field.metadata if getattr(limit, "pattern", None)}
+    assert with_pattern == PATTERN_RULES.keys()
+
+
+@pytest.mark.parametrize(
+    ("text", "rule", "cure"),
+    [
+        ("run: {name: ''}", "must not be empty", "write one, or remove the line"),
+        ("data: {resolution_px: []}", "must not be empty", "write its entries, or remove the line"),
+        ("optim: {betas: [0,9, 0,999]}", "must have at most 2 values, not 4", "decimal point, not a comma"),
+        ("optim:\n  lr: 5,0e-4", "must be a number", "write a decimal point instead of the comma"),
+        ("run: {name:my, seed: 1}", "is not a known key", "put a space after the colon: name: ..."),
+        ("run:{name: my}", "is not a known key", "put a space after the colon: run: ..."),
+        ("optim: {groups: [{match: a, lr:1}]}", "is not a known key", "put a space after the colon: lr: ..."),
+    ],
+)
+def test_a_slip_in_a_value_or_key_is_explained(tmp_path: Path, text: str, rule: str, cure: str) -> None:
+    [problem] = load(tmp_path, text)[1]
+    assert problem.rule == rule and cure in problem.cure
+
+
+OPEN_QUOTE = "the quotation mark is not closed in its line"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason", "cure"),
+    [
+        ('run:\n  name: "a\ntrain:\n  max_steps: 5\n', f"line 2, column 9: {OPEN_QUOTE}", "close it"),
+        # The next quotation mark, lines further down, ends the text.
+        ("run:\n  name: 'a\nsample:\n  prompts: ['b', 'c']\n", f"line 2, column 9: {OPEN_QUOTE}", "close it"),
+        ("run: {name: 'a}\ntrain: {max_steps: 5} # don't\n", f"line 1, column 13: {OPEN_QUOTE}", "close it"),
+        ("data:\n  image_dirs: ['a', 'b]\n", f"line 2, column 21: {OPEN_QUOTE}", "close it"),
+        ("sample:\n  prompts: ['it's a cat', 'b']\n", "line 2, column 17", "double the quotation mark inside"),
+        ("run: {name: a\ntrain: {max_steps: 5}\n", "line 1, column 6: the bracket is not closed", "close it"),
+        ("optim: {lr: 5,0e-4}", "line 1, column 13: the comma in 5,0e-4", "a decimal point instead of the comma"),
+        ("train: {max_steps: 10,000}", "line 1, column 20: the comma in 10,000", "thousands without a separator"),
+        ("train:\n  max_steps:8\n\n  seed: 5\n", "line 2, column 12: there is no space", "a space after the colon"),
+        ("train:\n  seed: 5\n  max_steps:8\n", "line 3, column 12: there is no space", "a space after the colon"),
+        ("run:\n  name: a\x07b\n", "line 2, column 10: the character U+0007", "remove this character"),
+        ("run: {name: a}\n\x1b", "line 2, column 1: the character U+001B", "remove this character"),
+    ],
+)
+def test_the_place_of_a_mistake_in_the_file_is_named(tmp_path: Path, text: str, reason: str, cure: str) -> None:
+    with pytest.raises(UserInputError) as caught:
+        load(tmp_path, text)
+    [problem] = caught.value.problems
+    assert problem.key == "--cfg" and problem.rule.startswith(f"is not valid YAML: {reason}")
+    assert cure in problem.cure
+
+
+def test_texts_and_numbers_that_look_like_mistakes_are_read(tmp_path: Path) -> None:
+    text = "run:\n  name: 'a\n    b'\noptim: {kwargs: {1: 2,3: 4, a: 5, 6: }}\nsample: {prompts: [1024,1024]}\n"
+    assert load_yaml(text) == {
+        "run": {"name": "a b"},
+        "optim": {"kwargs": {1: 2, 3: 4, "a": 5, 6: None}},
+        "sample": {"prompts": [1024, 1024]},
+    }
+    assert build_config({}, ["optim={lr: 5,0e-4}"])[1][0].cure.startswith("write a decimal point")

@@ -95,6 +95,8 @@ def test_folders_that_cannot_be_written_are_problems(tmp_path: Path, monkeypatch
     (tmp_path / "file").touch()
     assert find(tmp_path) == find(tmp_path / "new" / "deeper") == ""
     assert find(tmp_path / "file" / "run") == f"cannot be a folder: {tmp_path / 'file'} is a file"
+    assert not any("remove" in cure for cure in CURES.values()), "the file may be the user's image"
+    assert [problem.cure for problem in check_writable("run.dir", tmp_path / "file")] == ["choose another folder"]
     disk = os.statvfs(tmp_path)
     fields = {name: getattr(disk, name) for name in dir(disk) if name.startswith("f_")}
     states = {

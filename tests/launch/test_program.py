@@ -11,6 +11,7 @@ from programs import ROOT
 
 from sdxl_trainer.cache.main import main as cache_main
 from sdxl_trainer.cache.models.source import check_model
+from sdxl_trainer.configs.paths import CHECK_PATH
 from sdxl_trainer.configs.schema import ModelConfig
 from sdxl_trainer.launch import program
 from sdxl_trainer.launch.status import STATUS_FILE_VARIABLE
@@ -53,7 +54,7 @@ def test_a_path_that_leads_nowhere_is_not_looked_for_on_the_hub(
     assert list(check_model(ModelConfig(path="runs/none", vae="runs/none"))) == []  # might be a hub id
     (tmp_path / "runs").mkdir()
     found = {problem.key: problem for problem in check_model(ModelConfig(path="runs/none", vae="runs/none"))}
-    assert set(found) == {"model.path", "model.vae"} and found["model.path"].cure == "check the path"
+    assert set(found) == {"model.path", "model.vae"} and found["model.path"].cure == CHECK_PATH
     for path in ("./runs/none", "../none", "/none/at/all"):
         assert [problem.key for problem in check_model(ModelConfig(path=path))] == ["model.path"]
 

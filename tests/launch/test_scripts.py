@@ -87,6 +87,11 @@ def test_a_script_passes_its_words_and_returns_the_status_of_its_program(
         ("train.sh", ("--cfg", "configs/tiny.yaml", "train.max_stepz=4"), 2, "did you mean train.max_steps?"),
         ("cache.sh", ("--cfg=configs/tiny.yaml", "train.max_stepz=4"), 2, "did you mean train.max_steps?"),
         ("deepspeed.sh", ("train.max_stepz=4", "--cfg", "configs/tiny.yaml"), 2, "did you mean train.max_steps?"),
+        ("train.sh", ("--cfg",), 2, "train.sh: error: argument --cfg: expected one argument"),
+        ("train.sh", ("--cfg", "--dry-run"), 2, "train.sh: error: argument --cfg: expected one argument"),
+        ("cache.sh", ("--cfg", ""), 2, "cache.sh: error: argument --cfg: '' is an empty path"),
+        ("deepspeed.sh", ("--cfg=$FOO/x.yaml",), 2, "names the environment variable FOO, which is not set"),
+        ("train.sh", ("--cfg", "~nouser/x.yaml"), 2, "names the home folder of ~nouser, which does not exist"),
     ],
 )
 def test_help_and_mistakes_are_answered_without_a_launcher(
@@ -96,7 +101,7 @@ def test_help_and_mistakes_are_answered_without_a_launcher(
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     output = done.stdout + done.stderr
     assert done.returncode == status and text in output, output
-    assert "+ torchrun" not in output and "+ deepspeed" not in output
+    assert "+ torchrun" not in output and "+ deepspeed" not in output and "Traceback" not in output
     if not words:
         assert len(output.splitlines()) == 3
 

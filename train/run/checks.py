@@ -59,7 +59,7 @@ def verify_run(config: Config, world_size: int) -> tuple[Index | None, list[Prob
     problems += check_writable("run.dir", config.run.folder)
     index, found = open_training_set(config)
     validation_index, validation_problems = open_validation_set(config)
-    problems += found + validation_problems
+    problems += found + [problem for problem in validation_problems if problem not in found]
     if index is not None:
         leave_out_bad_latents(config, index, resuming=bool(list_checkpoints(config.run.folder / "checkpoints")))
         problems += check_held_out(config.validation, index, validation_index)

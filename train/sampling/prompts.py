@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 from sdxl_trainer.configs.kohya.readers import read_toml
 from sdxl_trainer.configs.objective import ObjectiveConfig
+from sdxl_trainer.configs.paths import CHECK_PATH
 from sdxl_trainer.configs.problems import Problem, UserInputError, describe_encoding, suggest_name
 from sdxl_trainer.configs.samples import (
     FLOW_SAMPLERS,
@@ -189,7 +190,7 @@ def load_prompts(
         try:
             entries += read_prompt_file(config.prompt_file)
         except ValueError as error:
-            cure = "docs/SAMPLING.md shows prompt files" if config.prompt_file.exists() else "check the path"
+            cure = "docs/SAMPLING.md shows prompt files" if config.prompt_file.exists() else CHECK_PATH
             problems.append(Problem(PROMPT_FILE_KEY, config.prompt_file, str(error), cure))
     try:
         validate_sampler(config.sampler, objective)

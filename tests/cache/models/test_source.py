@@ -22,8 +22,7 @@ def list_problems(**settings: object) -> list[Problem]:
     [
         ("", "must be set"),
         ("models/absent", "does not exist; it is not looked up on the hub, because the folder models exists here"),
-        ("/absent/model", "is neither a file nor a folder"),
-        ("somebody/model.safetensors", "is neither a file nor a folder"),
+        ("somebody/model.safetensors", "is neither a file nor a folder, relative to the working directory"),
         ("empty", "is not an SDXL model in diffusers layout: it lacks unet/config.json"),
     ],
 )
@@ -33,6 +32,13 @@ def test_wrong_paths_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "empty").mkdir()
     [problem] = list_problems(path=path)
     assert problem.key == "model.path" and problem.rule.startswith(rule)
+
+
+def test_the_working_directory_is_named_for_relative_paths_alone() -> None:
+    for name, rule in (("path", "is neither a file nor a folder"), ("vae", "is neither a file, a folder nor a hub id")):
+        for path, ending in (("/no/such/model", ""), ("no/such/model", ", relative to the working directory")):
+            rules = {problem.key: problem.rule for problem in list_problems(**{"path": "a/b", name: path})}
+            assert rules == {f"model.{name}": rule + ending}
 
 
 def test_a_hub_id_is_not_asked_for_before_it_is_fetched(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,7 @@
 """Checks of records before any network is loaded."""
 
 import inspect
+import json
 import os
 from contextlib import nullcontext
 from pathlib import Path
@@ -35,6 +36,50 @@ def test_images_without_one_caption_are_cached_but_not_trained(settings: Path) -
     assert [problem.key for problem in problems] == ["data.image_dirs"] and "not one caption" in problems[0].rule
     index, problems = open_checked_records(config, need_captions=False)
     assert index is not None and len(index) == 3 and problems == []
+
+
+@pytest.mark.parametrize(
+    ("folders", "of_regularisation", "expected"),
+    [
+        (["images", "images/inner"], [], ("data.image_dirs.1", "images/inner", "lies in images", "remove this entry")),
+        (["images/inner", "images"], [], ("data.image_dirs.0", "images/inner", "lies in images", "out of images")),
+        (["images", "./images/"], [], ("data.image_dirs.1", "images", "is named twice", "remove this entry")),
+        (["images"], ["images/inner"], ("data.regularisation_dirs.0", "images/inner", "lies in images", "out of")),
+    ],
+)
+def test_an_image_folder_inside_another_one_is_to_be_removed(
+    settings: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    folders: list[str],
+    of_regularisation: list[str],
+    expected: tuple[str, str, str, str],
+) -> None:
+    monkeypatch.chdir(settings.parent)
+    Path("images/inner").mkdir()
+    Path("images/a.png").rename("images/inner/a.png")
+    words = [f"data.image_dirs={json.dumps(folders)}", f"data.regularisation_dirs={json.dumps(of_regularisation)}"]
+    [problem] = open_checked_records(load_config(settings, words)[0]).problems
+    key, value, rule, cure = expected
+    assert (problem.key, str(problem.value)) == (key, value) and rule in problem.rule and cure in problem.cure
+    assert "rename" not in problem.cure
+
+
+@pytest.mark.parametrize("name", ["images/a.png", "images/a.png/cache"])
+@pytest.mark.parametrize("section", ["data", "validation"])
+def test_a_cache_folder_that_is_a_file_is_refused_before_the_index_is_opened(
+    settings: Path, messages: list[str], section: str, name: str
+) -> None:
+    folder, image = settings.parent / name, settings.parent / "images" / "a.png"
+    words = {
+        "data": [f"cache.dir={folder}"],
+        "validation": [f"validation.image_dirs={settings.parent / 'images'}", f"validation.cache_dir={folder}"],
+    }
+    config, _ = load_config(settings, words[section])
+    opened = open_checked_records(config) if section == "data" else validation_set.open_validation_set(config)
+    [problem] = opened.problems
+    assert problem.key == {"data": "cache.dir", "validation": "validation.cache_dir"}[section]
+    assert problem.rule == f"cannot be a folder: {image} is a file" and problem.cure == "choose another folder"
+    assert opened.index is None and messages == []
 
 
 @pytest.mark.parametrize(("missing", "keys"), [("empty", []), ("skip", []), ("error", ["data.on_missing_caption"])])

@@ -1,6 +1,7 @@
 """Micro batches are read from the cache alone, hold all network inputs, and do not depend on the workers."""
 
 import json
+import signal
 import subprocess
 import sys
 import time
@@ -278,3 +279,38 @@ if __name__ == "__main__":
             return
         time.sleep(0.1)
     pytest.fail("the worker outlives the process that started it")
+
+
+STOPPED_START = """
+import os, signal, sys, threading, time
+from types import SimpleNamespace
+from sdxl_trainer.data.loading.loader import iterate_batches
+
+class Numbers:
+    tokenizers, settings = (), SimpleNamespace(caption=SimpleNamespace(rules=None))
+
+    def __getitem__(self, number):
+        return number
+
+def send_signals():
+    for _ in range(60):
+        os.killpg(0, int(sys.argv[1]))
+        time.sleep(0.02)
+
+if __name__ == "__main__":
+    signal.signal(int(sys.argv[1]), lambda *_: None)
+    sender = threading.Thread(target=send_signals)
+    sender.start()
+    batches = iterate_batches(Numbers(), iter(range(40)), 2)
+    sender.join()
+    print(*batches)
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_workers_start_and_serve_while_their_group_gets_stop_signals(tmp_path: Path, number: int) -> None:
+    """A terminal and Slurm send them to all processes of a job, at any time."""
+    (tmp_path / "program.py").write_text(STOPPED_START)
+    command = [sys.executable, str(tmp_path / "program.py"), str(int(number))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, start_new_session=True)
+    assert (done.returncode, done.stdout.split(), done.stderr) == (0, [*map(str, range(40))], "")

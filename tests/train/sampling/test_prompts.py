@@ -201,7 +201,7 @@ def test_a_mistake_is_reported_with_its_location(tmp_path: Path, content: str | 
 
 def test_the_cure_for_a_missing_file_is_to_check_the_path(tmp_path: Path) -> None:
     _, problems = load_prompts(SampleConfig(prompt_file=tmp_path / "absent.txt"), ObjectiveConfig())
-    assert [problem.cure for problem in problems] == ["check the path"]
+    assert [problem.cure for problem in problems] == ["check the path (relative to the working directory)"]
 
 
 def test_the_sampling_program_names_its_option(tmp_path: Path) -> None:
