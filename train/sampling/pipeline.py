@@ -75,7 +75,7 @@ class ImageGenerator:
         pixels = decode_latents(self.vae, x0, self.latent_statistics)
         if not pixels.isfinite().all():
             logger.warning(
-                "the image of {!r} is not finite and so black in places: the weights are broken", prompt.text
+                "the image of '{}' is not finite and so black in places: the weights are broken", prompt.text
             )
             pixels = pixels.nan_to_num(-1.0)
         images: Any = VaeImageProcessor().postprocess(pixels)
