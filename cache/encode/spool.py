@@ -6,11 +6,13 @@ lines as `manifest/<part>`. After that `pending/<part>` and the files in the spo
 nothing that another one cannot finish: a shard in the spool is uploaded, and a shard that is up is listed.
 """
 
+import re
 import secrets
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +22,7 @@ from loguru import logger
 
 from sdxl_trainer.cache.encode.storage import (
     SHARD_FOLDER,
+    SHARD_NAME,
     ShardStorage,
     read_remote_item,
     verify_item,
@@ -35,7 +38,7 @@ from sdxl_trainer.data.formats.manifest import (
 )
 from sdxl_trainer.data.formats.shards import ShardWriter, get_partial_path, recover_shard
 from sdxl_trainer.data.images.bucket import Size
-from sdxl_trainer.data.stores.cache_mirror import push_files
+from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, push_files
 from sdxl_trainer.data.stores.remote import StoredObject
 from sdxl_trainer.data.stores.store_lock import LockTicket
 from sdxl_trainer.data.stores.uploads import delete_objects, list_objects, put_bytes, read_bytes, upload_file
@@ -44,6 +47,7 @@ from sdxl_trainer.launch.activity import ACTIVITY
 PENDING_FOLDER = "pending"
 OBJECT_PREFIX = "object-"  # of the files in `manifest/` that hold the size and checksums of a shard
 JOURNAL_SUFFIX = ".jsonl"
+PENDING_FILE = re.compile(rf"{PENDING_FOLDER}/part-\d+-\d+x\d+-\d+-\d+\.jsonl")
 NUM_NAMES = 10**12  # of shards; a name is never used twice, because readers may keep copies
 
 
@@ -55,11 +59,18 @@ class CacheStore:
         url: URL of the cache.
         spool: folder in which this node builds shards.
         ticket: of the lock that this job holds.
+        sources: URLs of the settings' metadata, which may hold `*` and `?`. No job deletes what they name.
     """
 
     url: str
     spool: Path
     ticket: LockTicket
+    sources: tuple[str, ...] = ()
+
+    def may_delete(self, name: str) -> bool:
+        """Return whether an object has the name of this project's shards, and is not among the settings' metadata."""
+        url = f"{self.url}/{name}"
+        return is_shard(name) and not any(url == source or fnmatchcase(url, source) for source in self.sources)
 
     def publish_shard(self, file: Path, lines: bytes) -> None:
         """Upload a finished shard, and list its samples. May be called again after a kill at any point.
@@ -85,7 +96,7 @@ class CacheStore:
             objects: all objects of the cache.
         """
         stored = {item.url[len(self.url) + 1 :]: item for item in objects}
-        for name in (name for name in stored if name.startswith(f"{PENDING_FOLDER}/")):
+        for name in filter(PENDING_FILE.fullmatch, stored):
             ACTIVITY.note()
             part = name.rpartition("/")[2]
             shard = stored.get(f"{SHARD_FOLDER}/{name_shard(part)}")
@@ -118,9 +129,20 @@ class CacheStore:
         part = name_part(name)
         fields = {"file": f"{SHARD_FOLDER}/{name}", "bytes": item.size, "sha256": sha256, "checksum": item.checksum}
         self.ticket.verify()
-        put_bytes(orjson.dumps(fields), f"{self.url}/manifest/{OBJECT_PREFIX}{name}.json")
+        put_bytes(orjson.dumps(fields), f"{self.url}/{name_record(name)}")
         put_bytes(lines, f"{self.url}/manifest/{part}")
         delete_objects([f"{self.url}/{PENDING_FOLDER}/{part}"])
+
+
+def is_shard(name: str) -> bool:
+    """Return whether an object of a cache has the name of this project's shards."""
+    folder, _, file = name.rpartition("/")
+    return folder == SHARD_FOLDER and SHARD_NAME.fullmatch(file) is not None
+
+
+def name_record(shard: str) -> str:
+    """Return the object that holds the size and checksums of a shard; by it a job knows a shard as this project's."""
+    return f"{MANIFEST_FOLDER}/{OBJECT_PREFIX}{shard}.json"
 
 
 def name_part(shard: str) -> str:

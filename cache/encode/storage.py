@@ -31,6 +31,7 @@ from sdxl_trainer.data.stores.remote import RemoteSpan, read_spans
 from sdxl_trainer.launch.activity import ACTIVITY
 
 SHARD_FOLDER = "shards"
+SHARD_NAME = re.compile(r"\d+x\d+-\d+-\d+\.tar")
 ITEM_ERRORS = (OSError, BadLatentError, BadShardError, BadTextError)
 
 Content = bytes | memoryview
@@ -218,10 +219,8 @@ class ShardStorage:
 
 def list_shards(folder: Path) -> list[str]:
     """List the finished shards of a cache by the names that entries use."""
-    pattern = re.compile(r"\d+x\d+-\d+-\d+\.tar")
-    return sorted(
-        f"{SHARD_FOLDER}/{path.name}" for path in (folder / SHARD_FOLDER).glob("*.tar") if pattern.fullmatch(path.name)
-    )
+    names = (path.name for path in (folder / SHARD_FOLDER).glob("*.tar"))
+    return sorted(f"{SHARD_FOLDER}/{name}" for name in names if SHARD_NAME.fullmatch(name))
 
 
 def recover_shards(folder: Path, entries: Iterable[ManifestEntry]) -> list[Path]:

@@ -16,8 +16,10 @@ from sdxl_trainer.cache.encode.spool import (
     ShardUploads,
     SpoolStorage,
     name_part,
+    name_record,
     recover_spool,
 )
+from sdxl_trainer.cache.encode.storage import SHARD_NAME
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.checks.cache_store import build_store_problem
@@ -26,6 +28,7 @@ from sdxl_trainer.data.formats.manifest import find_last_number, read_entries
 from sdxl_trainer.data.formats.refused_files import get_refused_file
 from sdxl_trainer.data.formats.text_cache import EMPTY_FILE, STATE_FILE
 from sdxl_trainer.data.index.selection import get_cache_folder, get_store_url
+from sdxl_trainer.data.metadata.shard_list import ShardListError, expand_shard_list
 from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, SHARD_FOLDER, pull_cache, push_files
 from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, StoreError, read_spans
 from sdxl_trainer.data.stores.store_lock import HeldError, LockTicket, StoreLock
@@ -39,7 +42,7 @@ from sdxl_trainer.launch.distributed import (
 )
 
 SPOOL_FOLDER = "spool"
-OBJECT_FILE = re.compile(rf"{MANIFEST_FOLDER}/{OBJECT_PREFIX}(.*\.tar)\.json")
+RECORD_FILE = re.compile(rf"{MANIFEST_FOLDER}/{OBJECT_PREFIX}({SHARD_NAME.pattern})\.json")
 SHARDS_IN_SPOOL = 2  # of each rank at least: one that is filled, one that is uploaded
 
 
@@ -63,7 +66,7 @@ def open_store_for_ranks(config: Config, ranks: Ranks) -> Iterator[CacheStore | 
             if ranks.is_main:
                 ticket = stack.enter_context(lock_store(url))
                 pull_cache(url, get_cache_folder(config))
-        store = CacheStore(url, choose_spool(config), broadcast_object(ticket))
+        store = CacheStore(url, choose_spool(config), broadcast_object(ticket), list_sources(config))
         found = gather_objects(list(check_spool(config.cache, store.spool, count_ranks_here())))
         raise_if_any(dict.fromkeys(chain.from_iterable(found)))
         if ranks.local_rank == 0:
@@ -83,7 +86,7 @@ def open_store(config: Config) -> Iterator[CacheStore | None]:
         yield None
         return
     with name_store_errors(url), lock_store(url) as ticket:
-        store = CacheStore(url, choose_spool(config), ticket)
+        store = CacheStore(url, choose_spool(config), ticket, list_sources(config))
         raise_if_any(check_spool(config.cache, store.spool, 1))
         pull_cache(url, get_cache_folder(config))
         recover_spool(store, get_cache_folder(config))
@@ -136,6 +139,21 @@ def _try_range(url: str, ticket: LockTicket) -> None:
         raise UserInputError([Problem("cache.dir", url, rule, "choose another store, or a folder")])
 
 
+def list_sources(config: Config) -> tuple[str, ...]:
+    """Return the URLs of the settings' metadata, without a look-up of their `*` and `?`.
+
+    Raises:
+        UserInputError: a list of shards cannot be expanded.
+    """
+    names: list[str] = []
+    for pattern in map(str, config.data.metadata):
+        try:
+            names += expand_shard_list(pattern)
+        except ShardListError as error:
+            raise UserInputError([Problem("data.metadata", pattern, str(error), error.cure)]) from None
+    return tuple(names)
+
+
 def choose_spool(config: Config) -> Path:
     """Return the folder in which this node builds the shards of the cache."""
     mirror = get_cache_folder(config)
@@ -167,37 +185,49 @@ def tidy_store(store: CacheStore, folder: Path) -> None:
         store.finish_pending(objects)
         objects = pull_cache(store.url, folder)
     names = {item.url[len(store.url) + 1 :] for item in objects}
-    left = list_leftovers(names, folder)
-    if left:
-        logger.info("deleting {} objects that an interrupted job left", len(left))
-        store.delete(left)
-        pull_cache(store.url, folder)
+    shards = find_leftover_shards(store, names, folder)
+    records = find_leftover_records(names - shards)
+    if not shards and not records:
+        return
+    # A record goes after its shard: without it, the next job would not know the shard as this project's.
+    store.delete(sorted(shards))
+    store.delete(sorted(records))
+    for name in sorted(shards | records):
+        logger.info("deleted {}/{}, left by an interrupted job", store.url, name)
+    pull_cache(store.url, folder)
 
 
-def list_leftovers(names: set[str], folder: Path) -> list[str]:
-    """Return the shards that no part of the manifest lists, and the checksums of shards that are neither up nor listed.
+def find_leftover_shards(store: CacheStore, names: set[str], folder: Path) -> set[str]:
+    """Return the shards of interrupted jobs: they have a record, and no part of the manifest lists them.
 
-    A part stays when its shard is gone: its items count as missing then.
+    A shard without a record may be the user's own, and stays.
 
     Args:
         names: of all objects.
         folder: the mirror, which is up to date.
     """
-    shards = {name for name in names if name.startswith(f"{SHARD_FOLDER}/")}
-    unlisted = {shard for shard in shards if _name_part(shard) not in names}
+    own = {name for name in names if store.may_delete(name) and name_record(_get_file(name)) in names}
+    unlisted = {shard for shard in own if _name_part(shard) not in names}
     if unlisted:  # a cache that was copied has parts of other names
         unlisted -= {entry.file for entry in read_entries(folder)}
-    left = list(unlisted)
-    for name in names:
-        match = OBJECT_FILE.fullmatch(name)
-        shard = f"{SHARD_FOLDER}/{match[1]}" if match else ""
-        if match and shard not in shards - unlisted and _name_part(shard) not in names:
-            left.append(name)
-    return left
+    return unlisted
+
+
+def find_leftover_records(names: set[str]) -> set[str]:
+    """Return the records of shards that are neither up nor listed.
+
+    A part of the manifest stays when its shard is gone: its items count as missing then.
+    """
+    records = {match[0]: f"{SHARD_FOLDER}/{match[1]}" for match in map(RECORD_FILE.fullmatch, names) if match}
+    return {record for record, shard in records.items() if shard not in names and _name_part(shard) not in names}
 
 
 def _name_part(shard: str) -> str:
-    return f"{MANIFEST_FOLDER}/{name_part(shard.rpartition('/')[2])}"
+    return f"{MANIFEST_FOLDER}/{name_part(_get_file(shard))}"
+
+
+def _get_file(shard: str) -> str:
+    return shard.rpartition("/")[2]
 
 
 def push_state(url: str, folder: Path) -> None:

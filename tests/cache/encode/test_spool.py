@@ -13,10 +13,13 @@ from cache_samples import make_entry, make_sample
 from sdxl_trainer.cache.encode import spool
 from sdxl_trainer.cache.encode.spool import CacheStore, ShardUploads, SpoolStorage, recover_spool
 from sdxl_trainer.cache.encode.storage import EncodedItem, read_remote_item
+from sdxl_trainer.cache.encode.store_setup import tidy_store
+from sdxl_trainer.cache.upkeep.store_upkeep import replace_stored_shards
 from sdxl_trainer.data.formats.manifest import FIRST_NUMBER, ManifestEntry, read_entries, read_latest
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.stores.cache_mirror import pull_cache
 from sdxl_trainer.data.stores.store_lock import StoreLock
+from sdxl_trainer.data.stores.uploads import list_objects, put_bytes
 
 URL = "memory://spool-tests/cache"
 BUCKETS = [(64, 96), (96, 64), (64, 64)]
@@ -118,6 +121,28 @@ def test_items_that_another_job_has_listed_meanwhile_are_not_listed_again(tmp_pa
     assert set(before) == {"k0", "k3"} and set(after) == {"k0", "k3", "k6"}
     assert all(after[key] == before[key] for key in before)
     assert sorted(entry.key for entry in read_entries(tmp_path / "mirror")) == ["k0", "k3", "k6"]
+
+
+def test_only_recorded_shards_that_are_no_metadata_are_deleted(tmp_path, store):
+    own, unknown, source, gone = (f"64x64-00000-{number:012d}.tar" for number in range(4))
+    for shard in (own, unknown, source):
+        put_bytes(b"x", f"{URL}/shards/{shard}")
+    for shard in (own, source, gone):
+        put_bytes(b"{}", f"{URL}/manifest/object-{shard}.json")
+    put_bytes(b"x", f"{URL}/shards/train-0001.tar")
+    store = replace(store, sources=("s3://other/{000..012}.tar", f"{URL}/shards/*2.tar"))
+    expected = {f"shards/{name}" for name in (unknown, source, "train-0001.tar")} | {f"manifest/object-{source}.json"}
+
+    def list_names() -> set[str]:
+        return {item.url.removeprefix(f"{URL}/") for item in list_objects(URL) if "/lock/" not in item.url}
+
+    tidy_store(store, tmp_path / "mirror")
+    assert list_names() == expected
+    uploads = ShardUploads(store, 0, FIRST_NUMBER)
+    storage = SpoolStorage(uploads, "float32", 0, 1 << 30, 1 << 30)
+    assert replace_stored_shards(store, tmp_path / "mirror", storage, uploads, small_bytes=1 << 20) == []
+    uploads.close()
+    assert list_names() == expected
 
 
 def test_another_job_that_takes_the_lock_ends_the_uploads(tmp_path, store):

@@ -239,11 +239,26 @@ def test_a_shard_that_was_uploaded_and_not_listed_is_listed(settings, local, pro
     assert run_job(settings, *words) == 1
     monkeypatch.setattr(spool.CacheStore, "_list_shard", list_shard)
     assert len(list_objects(f"{url}/shards")) == len(list_objects(f"{url}/pending")) == 1
-    put_bytes(b"nobody's", f"{url}/shards/64x64-00000-1.tar")
+    put_bytes(b"of a job that was killed while it replaced it", f"{url}/shards/64x64-00000-1.tar")
+    put_bytes(b"{}", f"{url}/manifest/object-64x64-00000-1.tar.json")
     assert run_job(settings, *words, f"run.dir={tmp_path / 'other'}") == 0  # on another machine: without the spool
     report = orjson.loads((name_mirror(tmp_path / "other", url) / "cache_report.json").read_bytes())
     assert report["encoded"] < len(local)
     assert hash_entries(read_store("unlisted", tmp_path / "a")) == local
+
+
+def test_objects_of_the_user_in_the_folder_of_a_cache_stay(settings, proxy, tmp_path):
+    words, store = list_words(settings, "user"), s3fs.S3FileSystem()
+    names = ("", "README.md", "0001.tar", "train-0001.tar", "sub/64x64-00000-00001.tar", "64x64-00000-00001.tar")
+    keys = {f"user/{folder}/{name}" for folder in ("shards", "pending") for name in names}
+    for key in keys:
+        store.call_s3("put_object", Bucket=BUCKET, Key=key, Body=b"the user's")
+    for command in ((), ("--repair",), ("--pack",)):
+        assert run_job(settings, *words, *command) == 0
+    found = {item["Key"] for item in store.call_s3("list_objects_v2", Bucket=BUCKET, Prefix="user/")["Contents"]}
+    assert keys <= found and "user/cache.json" in found
+    store.call_s3("delete_object", Bucket=BUCKET, Key="user/shards/64x64-00000-00001.tar")
+    assert run_job(settings, *words, "--verify") == 0
 
 
 def write_lock(url: str, **fields: object) -> None:
