@@ -9,7 +9,7 @@ nothing that another one cannot finish: a shard in the spool is uploaded, and a 
 import re
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -238,14 +238,12 @@ class ShardUploads:
         store: the cache.
         rank: number of this rank.
         last_number: number of the last line in the manifest.
-        after_first: called once the first shard is listed.
     """
 
-    def __init__(self, store: CacheStore, rank: int, last_number: int, after_first: Callable[[], None] | None = None):
+    def __init__(self, store: CacheStore, rank: int, last_number: int):
         self.store = store
         self._rank = rank
         self._number = last_number
-        self._after_first = after_first
         self._shards: dict[str, _SpooledShard] = {}  # by the name that entries use
         self._loose: list[bytes] = []  # lines of shards that are up
         self._changed = threading.Condition()
@@ -345,9 +343,6 @@ class ShardUploads:
         delete_spooled(shard.path)
         with self._changed:
             del self._shards[f"{SHARD_FOLDER}/{shard.path.name}"]
-        first, self._after_first = self._after_first, None
-        if first is not None:
-            first()
 
     def _note_end(self, future: Future[None]) -> None:
         error = future.exception()

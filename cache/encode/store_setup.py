@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ from sdxl_trainer.data.formats.refused_files import get_refused_file
 from sdxl_trainer.data.formats.text_cache import EMPTY_FILE, STATE_FILE
 from sdxl_trainer.data.index.selection import get_cache_folder, get_store_url
 from sdxl_trainer.data.metadata.shard_list import ShardListError, expand_shard_list
-from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, SHARD_FOLDER, pull_cache, push_files
+from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, SHARD_FOLDER, lock_mirror, pull_cache, push_files
 from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, StoreError, read_spans
 from sdxl_trainer.data.stores.store_lock import HeldError, LockTicket, StoreLock
 from sdxl_trainer.launch.distributed import (
@@ -230,8 +230,30 @@ def _get_file(shard: str) -> str:
     return shard.rpartition("/")[2]
 
 
+@contextmanager
+def push_written_state(config: Config) -> Iterator[None]:
+    """Push the files that describe the cache at the end of the context, which writes them. Do nothing on disk.
+
+    Until they are on the store, a pull by another program would delete them.
+    """
+    url, folder = get_store_url(config), get_cache_folder(config)
+    if url is None:
+        yield
+        return
+    with lock_mirror(folder):
+        yield
+        push_state(url, folder)
+
+
 def push_state(url: str, folder: Path) -> None:
-    """Write the files that describe the cache to the store, if they have changed."""
+    """Write the files that describe the cache to the store, if they have changed.
+
+    Raises:
+        FailedError: `cache.json` is missing. Without it, the store holds no cache.
+        StoreError: the store denies access, or does not answer.
+    """
+    if not (folder / "cache.json").is_file():
+        raise FailedError(f"{folder / 'cache.json'} is missing: somebody has deleted it; run the same command again")
     refused = get_refused_file(folder).relative_to(folder).as_posix()
     names = (EMPTY_FILE, STATE_FILE, refused, "cache.json")
     push_files(url, folder, [name for name in names if (folder / name).is_file()])
@@ -240,9 +262,8 @@ def push_state(url: str, folder: Path) -> None:
 def build_store_storage(
     store: CacheStore, cache: CacheConfig, folder: Path, rank: int, num_ranks: int
 ) -> tuple[SpoolStorage, ShardUploads]:
-    """Build the storage and the manifest of a rank. Rank 0 writes the cache's state once it has listed a shard."""
-    after_first: Callable[[], None] | None = (lambda: push_state(store.url, folder)) if rank == 0 else None
-    uploads = ShardUploads(store, rank, find_last_number(folder), after_first)
+    """Build the storage and the manifest of a rank."""
+    uploads = ShardUploads(store, rank, find_last_number(folder))
     shard_bytes = cache.shard_mb * 1_000_000
     limit_bytes = int(cache.spool_gb * 1e9 / num_ranks)
     return SpoolStorage(uploads, cache.dtype, rank, shard_bytes, limit_bytes), uploads

@@ -16,6 +16,7 @@ from sdxl_trainer.cache.encode.storage import (
     read_text_item,
     recover_shards,
 )
+from sdxl_trainer.cache.encode.store_setup import push_written_state
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
     compute_text_identity,
@@ -135,8 +136,9 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     raise_if_any(check_cache_vae(folder, config.model, vae))
     rule = build_bucket_rules(config.data)[""]
     with open_target(config) as target:
-        write_identities(folder, identities, vae)
-        text = build_text_adopter(config, folder) if config.cache.text else None
+        with push_written_state(config):
+            write_identities(folder, identities, vae)
+            text = build_text_adopter(config, folder) if config.cache.text else None
         storage, manifest = target.build_writers(config.cache, 0)
         is_stored, get_record = target.list_stored() is not None, build_record_reader(index)
         known = rename_entries(read_latest(folder), index.table)
@@ -150,7 +152,8 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
                 refusals.append(found)
         storage.close()
         manifest.close()
-        list_refused(folder, refusals)
+        with push_written_state(config):
+            list_refused(folder, refusals)
         target.finish()
     refused.close()
     logger.info(

@@ -27,7 +27,7 @@ from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_
 from sdxl_trainer.data.loading.micro_batch import MicroBatch  # noqa: E402
 from sdxl_trainer.data.order.plan import Position  # noqa: E402
 from sdxl_trainer.data.stores import remote, store_lock  # noqa: E402
-from sdxl_trainer.data.stores.cache_mirror import name_mirror  # noqa: E402
+from sdxl_trainer.data.stores.cache_mirror import name_mirror, pull_cache  # noqa: E402
 from sdxl_trainer.data.stores.uploads import list_objects, put_bytes, read_bytes  # noqa: E402
 
 BUCKET = "caches"
@@ -245,6 +245,21 @@ def test_a_shard_that_was_uploaded_and_not_listed_is_listed(settings, local, pro
     report = orjson.loads((name_mirror(tmp_path / "other", url) / "cache_report.json").read_bytes())
     assert report["encoded"] < len(local)
     assert hash_entries(read_store("unlisted", tmp_path / "a")) == local
+
+
+def test_a_pull_during_the_first_upload_leaves_the_state_of_the_cache(settings, local, proxy, tmp_path, monkeypatch):
+    words, url, publish = list_words(settings, "pulled"), f"s3://{BUCKET}/pulled", spool.CacheStore.publish_shard
+
+    def pull_and_publish(self: spool.CacheStore, file: Path, lines: bytes) -> None:
+        pull_cache(url, get_mirror(settings, "pulled"))  # as a dry run, the doctor and a training do
+        publish(self, file, lines)
+
+    monkeypatch.setattr(spool.CacheStore, "publish_shard", pull_and_publish)
+    assert run_job(settings, *words) == 0
+    assert hash_entries(read_store("pulled", tmp_path / "a")) == local
+    s3fs.S3FileSystem().rm_file(f"{url}/cache.json")
+    assert run_job(settings, *words, "--repair") == 0
+    assert hash_entries(read_store("pulled", tmp_path / "b")) == local
 
 
 def test_objects_of_the_user_in_the_folder_of_a_cache_stay(settings, proxy, tmp_path):
