@@ -230,6 +230,11 @@ class _SpooledShard:
     num_samples: int | None = None  # None: not finished
     size: int = 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the shard is finished and all its samples have been appended."""
+        return self.num_samples == len(self.lines)
+
 
 class ShardUploads:
     """The manifest of a cache on a store: lists entries, those of a shard in the spool once the shard is up.
@@ -289,8 +294,12 @@ class ShardUploads:
             if shard is None:
                 self._loose.append(line)
                 return
-            shard.journal.write(line)
-            shard.journal.flush()
+            try:
+                shard.journal.write(line)
+                shard.journal.flush()
+            except OSError as error:
+                self.fail(error)
+                raise
             shard.lines.append(line)
             self._upload_if_complete(shard)
 
@@ -302,7 +311,8 @@ class ShardUploads:
         """
         with self._changed:
             while any(shard.num_samples is not None for shard in self._shards.values()) and self._error is None:
-                ACTIVITY.note()
+                if any(shard.is_complete for shard in self._shards.values()):
+                    ACTIVITY.note()
                 self._changed.wait(1.0)
             lines, self._loose = self._loose, []
         self.raise_error()
@@ -326,13 +336,19 @@ class ShardUploads:
             self._changed.wait(0.2)
         self.raise_error()
 
+    def fail(self, error: BaseException) -> None:
+        """Give up what is not up yet, because a sample was not stored or listed: its shard will never be complete."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
     def raise_error(self) -> None:
-        """Raise the error of the uploads, if there was one."""
+        """Raise the first error of the uploads or of the writers, if there was one."""
         if self._error is not None:
             raise self._error
 
     def _upload_if_complete(self, shard: _SpooledShard) -> None:
-        if shard.num_samples == len(shard.lines):
+        if shard.is_complete:
             shard.journal.close()
             self._pool.submit(self._publish, shard).add_done_callback(self._note_end)
 
@@ -346,9 +362,9 @@ class ShardUploads:
 
     def _note_end(self, future: Future[None]) -> None:
         error = future.exception()
+        if error is not None:
+            self.fail(error)
         with self._changed:
-            if error is not None and self._error is None:
-                self._error = error
             self._changed.notify_all()
 
 
@@ -371,7 +387,11 @@ class SpoolStorage(ShardStorage):
         self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None
     ) -> ManifestEntry:
         self._wait_for_room(len(content) + len(record) + len(text or b""))
-        return super().write_packed(entry, content, record, text)
+        try:
+            return super().write_packed(entry, content, record, text)
+        except OSError as error:
+            self._uploads.fail(error)
+            raise
 
     def _choose_path(self, bucket: Size) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,7 @@
 """The spool of a cache on a store: its size stays bounded, and what it holds after a kill is uploaded and listed."""
 
+import errno
+import io
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -11,11 +13,13 @@ import pytest
 from cache_samples import make_entry, make_sample
 
 from sdxl_trainer.cache.encode import spool
+from sdxl_trainer.cache.encode.background_writer import BackgroundWriter
 from sdxl_trainer.cache.encode.spool import CacheStore, ShardUploads, SpoolStorage, recover_spool
 from sdxl_trainer.cache.encode.storage import EncodedItem, read_remote_item
 from sdxl_trainer.cache.encode.store_setup import tidy_store
 from sdxl_trainer.cache.upkeep.store_upkeep import replace_stored_shards
 from sdxl_trainer.data.formats.manifest import FIRST_NUMBER, ManifestEntry, read_entries, read_latest
+from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.stores.cache_mirror import pull_cache
 from sdxl_trainer.data.stores.store_lock import StoreLock
@@ -121,6 +125,53 @@ def test_items_that_another_job_has_listed_meanwhile_are_not_listed_again(tmp_pa
     assert set(before) == {"k0", "k3"} and set(after) == {"k0", "k3", "k6"}
     assert all(after[key] == before[key] for key in before)
     assert sorted(entry.key for entry in read_entries(tmp_path / "mirror")) == ["k0", "k3", "k6"]
+
+
+@pytest.mark.parametrize("place", ["journal", "shard"])
+def test_a_full_disk_ends_the_job_and_the_next_one_uploads_the_spool(tmp_path, store, monkeypatch, place):
+    uploads = ShardUploads(store, 0, FIRST_NUMBER)
+    storage = SpoolStorage(uploads, "float32", 0, 1 << 30, 1 << 30)
+    flush, begin = ShardWriter.flush, uploads.begin
+
+    def flush_until_full(writer: ShardWriter, end: int) -> None:
+        flush(writer, end)
+        if place == "shard" and writer.num_samples == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    class FullJournal(io.FileIO):
+        def write(self, content: bytes) -> int:  # type: ignore[override]
+            if Path(str(self.name)).read_bytes().count(b"\n") < 2:
+                return super().write(content)
+            super().write(content[:9])
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def begin_full(path: Path) -> None:
+        begin(path)
+        if place == "journal":
+            uploads._shards[f"shards/{path.name}"].journal = FullJournal(path.with_suffix(".jsonl"), "ab")
+
+    monkeypatch.setattr(ShardWriter, "flush", flush_until_full)
+    monkeypatch.setattr(uploads, "begin", begin_full)
+    writer, errors = BackgroundWriter(storage, uploads, num_threads=1), []
+
+    def work() -> None:
+        try:
+            for number in range(0, 18, 3):  # of one bucket
+                writer.submit(build(number))
+        except OSError:
+            pass
+        try:
+            writer.close()
+        except OSError as error:
+            errors.append(error.strerror)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive() and errors == ["No space left on device"]
+    monkeypatch.setattr(ShardWriter, "flush", flush)
+    recover_spool(store, tmp_path / "mirror")
+    assert set(read_store(tmp_path / "mirror")) == {"k0", "k3"}
 
 
 def test_only_recorded_shards_that_are_no_metadata_are_deleted(tmp_path, store):
