@@ -1,6 +1,7 @@
 """Shards of a cache on a store: built in a local spool folder, uploaded in the background, listed once they are up.
 
-For each shard the spool holds the tar and a journal of its samples' manifest lines. They are written to the store in
+For each shard the spool holds the tar and a journal: the last number of the manifest when the job began, and the
+manifest lines of the shard's samples. They are written to the store in
 this order: the lines as `pending/<part>`, the shard, its size and checksums as `manifest/object-<shard>.json`, and the
 lines as `manifest/<part>`. After that `pending/<part>` and the files in the spool are deleted. So a killed job leaves
 nothing that another one cannot finish: a shard in the spool is uploaded, and a shard that is up is listed.
@@ -33,8 +34,8 @@ from sdxl_trainer.data.formats.manifest import (
     drop_damaged_lines,
     dump_entry,
     list_manifest_parts,
+    parse_entry,
     read_latest,
-    read_part,
 )
 from sdxl_trainer.data.formats.shards import ShardWriter, get_partial_path, recover_shard
 from sdxl_trainer.data.images.bucket import Size
@@ -48,6 +49,7 @@ PENDING_FOLDER = "pending"
 OBJECT_PREFIX = "object-"  # of the files in `manifest/` that hold the size and checksums of a shard
 JOURNAL_SUFFIX = ".jsonl"
 PENDING_FILE = re.compile(rf"{PENDING_FOLDER}/part-\d+-\d+x\d+-\d+-\d+\.jsonl")
+LAST_NUMBER = "last_number"  # field of the first line of a journal
 NUM_NAMES = 10**12  # of shards; a name is never used twice, because readers may keep copies
 
 
@@ -159,7 +161,7 @@ def name_shard(part: str) -> str:
 def recover_spool(store: CacheStore, mirror: Path) -> None:
     """Finish, upload and list the shards that a killed job left in the spool; delete damaged ones.
 
-    Items that another job has listed meanwhile are not listed again.
+    Items that another job has listed since the killed one began are not listed: theirs are newer.
 
     Args:
         mirror: the mirror of the cache, which is up to date.
@@ -187,7 +189,7 @@ def recover_spool(store: CacheStore, mirror: Path) -> None:
 
 def _recover_shard(spool: Path, shard: Path, journal: Path, mirror: Path) -> bytes:
     """Finish a shard of a killed job. Return the lines to list, or b"" if nothing in it can be used."""
-    entries = list(read_part(journal))
+    last_number, entries = _read_journal(journal)
     end = max((_find_end(entry) for entry in entries), default=0)
     if not end:
         return b""
@@ -197,15 +199,19 @@ def _recover_shard(spool: Path, shard: Path, journal: Path, mirror: Path) -> byt
         logger.warning("{}, left by an interrupted job, is damaged; its images are encoded again", shard)
         return b""
     known = read_latest(mirror, keys=frozenset(entry.key for entry in entries))
-    new = (entry for entry in entries if entry.key not in known or not _is_same(known[entry.key], entry))
+    new = (entry for entry in entries if entry.key not in known or known[entry.key].listed_ns <= last_number)
     return b"".join(dump_entry(entry, entry.listed_ns) for entry in new)
 
 
-def _is_same(known: ManifestEntry, entry: ManifestEntry) -> bool:
-    """Return whether two entries are of the same latents and captions."""
-    captions = [None if text is None else (text.identity, text.captions_sha256) for text in (known.text, entry.text)]
-    same_image = (known.identity, known.source_sha256) == (entry.identity, entry.source_sha256)
-    return same_image and captions[0] == captions[1]
+def _read_journal(journal: Path) -> tuple[int, list[ManifestEntry]]:
+    """Return the last number of the manifest when a job began, and the entries that the job added to a shard."""
+    first, *lines = journal.read_bytes().splitlines(keepends=True) or [b""]
+    try:
+        last_number = int(orjson.loads(first)[LAST_NUMBER])
+    except (ValueError, TypeError, KeyError):
+        last_number = 0  # torn by a kill: only items that no other job has listed count
+    entries = (parse_entry(line, str(journal), logger.warning) for line in lines if line.endswith(b"\n"))
+    return last_number, [entry for entry in entries if entry is not None]
 
 
 def _find_end(entry: ManifestEntry) -> int:
@@ -248,7 +254,7 @@ class ShardUploads:
     def __init__(self, store: CacheStore, rank: int, last_number: int):
         self.store = store
         self._rank = rank
-        self._number = last_number
+        self._last_number = self._number = last_number
         self._shards: dict[str, _SpooledShard] = {}  # by the name that entries use
         self._loose: list[bytes] = []  # lines of shards that are up
         self._changed = threading.Condition()
@@ -269,6 +275,8 @@ class ShardUploads:
     def begin(self, path: Path) -> None:
         """Open the journal of a new shard."""
         shard = _SpooledShard(path, open(path.with_suffix(JOURNAL_SUFFIX), "xb"))
+        shard.journal.write(orjson.dumps({LAST_NUMBER: self._last_number}) + b"\n")
+        shard.journal.flush()
         with self._changed:
             self._shards[f"{SHARD_FOLDER}/{path.name}"] = shard
 

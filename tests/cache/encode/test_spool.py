@@ -18,7 +18,7 @@ from sdxl_trainer.cache.encode.spool import CacheStore, ShardUploads, SpoolStora
 from sdxl_trainer.cache.encode.storage import EncodedItem, read_remote_item
 from sdxl_trainer.cache.encode.store_setup import tidy_store
 from sdxl_trainer.cache.upkeep.store_upkeep import replace_stored_shards
-from sdxl_trainer.data.formats.manifest import FIRST_NUMBER, ManifestEntry, read_entries, read_latest
+from sdxl_trainer.data.formats.manifest import FIRST_NUMBER, ManifestEntry, find_last_number, read_entries, read_latest
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.stores.cache_mirror import pull_cache
@@ -140,7 +140,7 @@ def test_a_full_disk_ends_the_job_and_the_next_one_uploads_the_spool(tmp_path, s
 
     class FullJournal(io.FileIO):
         def write(self, content: bytes) -> int:  # type: ignore[override]
-            if Path(str(self.name)).read_bytes().count(b"\n") < 2:
+            if Path(str(self.name)).read_bytes().count(b"\n") < 3:
                 return super().write(content)
             super().write(content[:9])
             raise OSError(errno.ENOSPC, "No space left on device")
@@ -194,6 +194,25 @@ def test_only_recorded_shards_that_are_no_metadata_are_deleted(tmp_path, store):
     assert replace_stored_shards(store, tmp_path / "mirror", storage, uploads, small_bytes=1 << 20) == []
     uploads.close()
     assert list_names() == expected
+
+
+def test_latents_of_a_killed_job_do_not_replace_newer_ones(tmp_path, store):
+    mirror = tmp_path / "mirror"
+    read_store(mirror)
+    for name, keys in (("listed", (9,)), ("killed", (3, 9, 6, 0)), ("newer", (0, 6))):
+        own = replace(store, spool=tmp_path / name)
+        uploads = ShardUploads(own, 0, find_last_number(mirror))
+        storage = SpoolStorage(uploads, "float32", 0, 1 << 30, 1 << 30)
+        for number in keys:
+            item = build(number)
+            uploads.append(storage.write(replace(item, entry=replace(item.entry, identity=name))))
+        if name != "killed":
+            storage.close()
+            uploads.close()
+        read_store(mirror)
+    recover_spool(replace(store, spool=tmp_path / "killed"), mirror)
+    found = {key: entry.identity for key, entry in read_store(mirror).items()}
+    assert found == {"k0": "newer", "k3": "killed", "k6": "newer", "k9": "killed"}
 
 
 def test_another_job_that_takes_the_lock_ends_the_uploads(tmp_path, store):
