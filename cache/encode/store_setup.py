@@ -4,6 +4,7 @@ import os
 import re
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -112,16 +113,30 @@ def lock_store(url: str) -> Iterator[LockTicket]:
     Raises:
         UserInputError: another job holds the lock, or the store cannot be used.
     """
+    with hold_lock(url, "cache.dir") as ticket:
+        _try_range(url, ticket)
+        yield ticket
+
+
+@contextmanager
+def hold_lock(url: str, setting: str) -> Iterator[LockTicket]:
+    """Lock a cache on a store within the context, without the trial of reading a range.
+
+    Args:
+        setting: that names the store, for the problem.
+
+    Raises:
+        UserInputError: another job holds the lock, or the store cannot be used.
+    """
     try:
         lock = StoreLock(url)
     except HeldError as error:
         holder = f" ({error})" if str(error) else ""
         cure = "wait for that job or stop it; a lock without a heartbeat for 10 minutes is taken over"
-        raise UserInputError([Problem("cache.dir", url, f"is being written by another job{holder}", cure)]) from None
+        raise UserInputError([Problem(setting, url, f"is being written by another job{holder}", cure)]) from None
     except (FileNotFoundError, StoreError) as error:
-        raise UserInputError([build_store_problem(url, error)]) from None
+        raise UserInputError([replace(build_store_problem(url, error), key=setting)]) from None
     try:
-        _try_range(url, lock.ticket)
         yield lock.ticket
     finally:
         lock.release()

@@ -276,7 +276,12 @@ def count_shards(done: Mapping[str, ManifestEntry]) -> dict[str, int]:
 
 
 def finish_copy(folder: Path, target: CopyTarget, journal: Journal) -> None:
-    """Write the identity of the cache, the records of npz files and, last, the part of the manifest."""
+    """Write the identity of the cache, the records of npz files and, last, the part of the manifest.
+
+    Raises:
+        FailedError: another job has taken over the target.
+    """
+    target.verify_lock()
     for name in (*IDENTITY_FILES, EMPTY_FILE):
         if (folder / name).is_file() and target.read(name) is None:
             target.write(name, (folder / name).read_bytes())
