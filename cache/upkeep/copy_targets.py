@@ -14,6 +14,7 @@ from sdxl_trainer.cache.encode.store_setup import hold_lock
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.stores.cache_mirror import read_store_url
 from sdxl_trainer.data.stores.remote import StoreError, download, is_remote
 from sdxl_trainer.data.stores.store_lock import LockTicket
 from sdxl_trainer.data.stores.uploads import delete_objects, list_objects, put_bytes, read_bytes, upload_file
@@ -192,6 +193,9 @@ class StoreTarget:
 def check_target(target: str, source: Path) -> Iterator[Problem]:
     """Yield a problem if a cache cannot be copied to a target: it is the cache itself, or cannot be written."""
     if is_remote(target):
+        url = read_store_url(source)
+        if url is not None and f"{target.rstrip('/')}/".startswith(f"{url}/"):
+            yield Problem("--copy-to", target, "lies in the cache that is copied", "give an address outside of it")
         try:
             list_objects(target.rstrip("/"))
         except (StoreError, OSError) as error:

@@ -79,8 +79,12 @@ def read_report(settings: Path, name: str) -> dict:
     return orjson.loads((get_mirror(settings, name) / "cache_report.json").read_bytes())
 
 
-def read_store(name: str, folder: Path) -> dict[str, ManifestEntry]:
-    """Return the entries on the store, as another machine finds them. Each shard is whole and listed."""
+def read_store(name: str, folder: Path, has_records: bool = True) -> dict[str, ManifestEntry]:
+    """Return the entries on the store, as another machine finds them. Each shard is whole and listed.
+
+    Args:
+        has_records: each shard has a record of its size and checksums, which a copy has not.
+    """
     url = f"s3://{BUCKET}/{name}"
     objects = {item.url[len(url) + 1 :]: item.size for item in list_objects(url)}
     (folder / "manifest").mkdir(parents=True)
@@ -92,7 +96,7 @@ def read_store(name: str, folder: Path) -> dict[str, ManifestEntry]:
     assert {shard: objects[shard] - 1024 for shard in shards} == compute_shard_ends(shards, entries.values())
     assert not [name for name in objects if name.startswith(("pending/", "lock/"))]
     assert {name for name in objects if name.startswith("manifest/object-")} == {
-        f"manifest/object-{shard.removeprefix('shards/')}.json" for shard in shards
+        f"manifest/object-{shard.removeprefix('shards/')}.json" for shard in shards if has_records
     }
     assert {"cache.json", "text.json", "manifest/empty_te_outputs.npz"} <= objects.keys()
     return entries
@@ -202,6 +206,40 @@ def test_small_shards_are_joined_and_files_of_others_adopted(settings, local, pr
     capsys.readouterr()
     assert run_job(settings, *words, "--unpack") == 2
     assert "a cache on a store holds shards only" in capsys.readouterr().err
+
+
+def test_text_of_others_is_adopted_for_latents_on_the_store(settings, local, proxy, tmp_path):
+    words = list_words(settings, "text")
+    assert run_job(settings, *words, "cache.text=false") == 0
+    beside = ("cache.dir=null", "cache.format=npz", "cache.text=true", f"run.dir={tmp_path / 'beside'}")
+    assert run_job(settings, *beside) == 0
+    assert run_job(settings, *words, "--adopt") == 0
+    for file in settings.parent.rglob("data/**/*.npz"):
+        file.unlink()
+    assert run_job(settings, *words) == 0 and read_report(settings, "text")["encoded"] == 0
+    assert hash_entries(read_store("text", tmp_path / "a")) == local
+
+
+def test_a_cache_is_copied_from_a_store(settings, local, proxy, tmp_path, capsys):
+    words, url = list_words(settings, "source"), f"s3://{BUCKET}/source"
+    assert run_job(settings, *words) == 0
+    assert run_job(settings, *words, "--copy-to", tmp_path / "npz", "--as", "npz") == 0
+    assert hash_entries(read_latest(tmp_path / "npz")) == local
+    assert run_job(settings, f"cache.dir={tmp_path / 'npz'}", "cache.text=true", "--verify") == 0
+    query = (*words, "data.metadata=[]", "--where", "bucket_width > 128 and caption exists")
+    assert run_job(settings, *query, "--copy-to", f"s3://{BUCKET}/few") == 0
+    found = read_store("few", tmp_path / "few", has_records=False)
+    assert 0 < len(found) < len(local) and all(local[key] == value for key, value in hash_entries(found).items())
+    shard = list_objects(f"{url}/shards")[0]
+    s3fs.S3FileSystem().rm_file(shard.url)
+    assert run_job(settings, *words, "--copy-to", tmp_path / "rest") == 1
+    capsys.readouterr()
+    for more, text in (
+        (("--copy-to", f"{url}/x"), "lies in the cache that is copied"),
+        (("--compact",), "cannot be compacted: on a store, each shard has lines of its own"),
+    ):
+        assert run_job(settings, *words, *more) == 2
+        assert text in " ".join(capsys.readouterr().err.split())
 
 
 def test_a_job_succeeds_in_spite_of_faults_of_a_moment(settings, local, proxy, tmp_path):
