@@ -3,12 +3,15 @@
 import errno
 import io
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import timedelta
 from pathlib import Path
 
 import fsspec
+import orjson
 import pytest
 from cache_samples import make_entry, make_sample
 
@@ -22,7 +25,7 @@ from sdxl_trainer.data.formats.manifest import FIRST_NUMBER, ManifestEntry, find
 from sdxl_trainer.data.formats.shards import ShardWriter
 from sdxl_trainer.data.images.bucket import Size
 from sdxl_trainer.data.stores.cache_mirror import pull_cache
-from sdxl_trainer.data.stores.store_lock import StoreLock
+from sdxl_trainer.data.stores.store_lock import HeldError, StoreLock, describe_process
 from sdxl_trainer.data.stores.uploads import list_objects, put_bytes
 
 URL = "memory://spool-tests/cache"
@@ -213,6 +216,19 @@ def test_latents_of_a_killed_job_do_not_replace_newer_ones(tmp_path, store):
     recover_spool(replace(store, spool=tmp_path / "killed"), mirror)
     found = {key: entry.identity for key, entry in read_store(mirror).items()}
     assert found == {"k0": "newer", "k3": "killed", "k6": "newer", "k9": "killed"}
+
+
+def test_the_age_of_a_lock_is_measured_by_the_clock_of_the_store(store):
+    url, files = "memory://spool-tests/clocks", fsspec.filesystem("memory").store
+    holder = {**describe_process(), "machine": "another"}
+    put_bytes(orjson.dumps({**holder, "heartbeat": time.time() - 700}), f"{url}/lock/00000001.json")
+    with pytest.raises(HeldError, match="heartbeat 0 s ago"):
+        StoreLock(url)
+    put_bytes(orjson.dumps({**holder, "heartbeat": time.time() + 86400}), f"{url}/lock/00000001.json")
+    files["/spool-tests/clocks/lock/00000001.json"].created -= timedelta(minutes=11)
+    lock = StoreLock(url)
+    assert [item.url for item in list_objects(f"{url}/lock")] == [lock.ticket.name]
+    lock.release()
 
 
 def test_another_job_that_takes_the_lock_ends_the_uploads(tmp_path, store):
