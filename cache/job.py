@@ -1,8 +1,8 @@
 """The cache job: check settings and data, plan the work, encode on all ranks, and report."""
 
 from collections import Counter
-from collections.abc import Container, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,6 @@ from sdxl_trainer.cache.encode.cache_setup import (
     build_identities,
     open_checked_index,
     start_log,
-    write_identities,
 )
 from sdxl_trainer.cache.encode.cache_vae import load_cache_vae
 from sdxl_trainer.cache.encode.encode_plan import (
@@ -46,10 +45,9 @@ from sdxl_trainer.cache.encode.text_caching import (
     compute_text_identity,
     is_text_state_valid,
     load_text_job,
-    save_text_state,
 )
+from sdxl_trainer.cache.upkeep.cache_state import open_cache, write_state
 from sdxl_trainer.cache.upkeep.target import CacheTarget, open_target_for_ranks
-from sdxl_trainer.cache.upkeep.verify import warn_of_bad_items
 from sdxl_trainer.configs.problems import (
     FailedError,
     Problem,
@@ -58,7 +56,7 @@ from sdxl_trainer.configs.problems import (
     format_count,
     raise_if_any,
 )
-from sdxl_trainer.configs.schema import CacheConfig, Config, DataConfig
+from sdxl_trainer.configs.schema import Config, DataConfig
 from sdxl_trainer.data.allocator import keep_freed_memory
 from sdxl_trainer.data.checks.bad_limit import are_too_many
 from sdxl_trainer.data.formats.manifest import (
@@ -80,15 +78,6 @@ from sdxl_trainer.launch.distributed import (
     wait_for_ranks,
 )
 from sdxl_trainer.launch.signals import Interrupted, StopRequest
-
-
-@dataclass(frozen=True)
-class CacheState:
-    """Newest manifest entries of a rank's keys, and whether a repair found damaged lines in the manifest."""
-
-    entries: dict[str, ManifestEntry]
-    lines_lost: bool
-    bad: Container[str]  # keys of items that a repair found to be bad
 
 
 @dataclass(frozen=True)
@@ -143,13 +132,13 @@ def run_job(
         report_plan_of_ranks(config.data, target, index, shares, ranks)
         ACTIVITY.enter("loading the networks")
         encoder = build_vae_encoder(config.cache, vae.network, ranks.device)
-        text_job = prepare_text_job(config, plans, text, ranks, dry_run)
+        text_job = prepare_text_job(config, plans, text, ranks)
         num_trials = -(-IMAGES_OF_DRY_RUN // ranks.world_size) if dry_run else 0
         estimates = gather_objects(estimate_work(plans, encoder, text_job, config.cache, num_trials))
         report_estimate(estimates, ranks)
         if not dry_run:
             if ranks.is_main:
-                write_identities(folder, identities, vae.own)
+                write_state(config, identities, vae.own, text, text_job)
             ACTIVITY.enter("encoding images")
             result = encode_plans(config, plans, encoder, text_job, ranks, stop, bad, target)
             results = gather_objects(result)
@@ -168,46 +157,6 @@ def resolve_text_requirement(config: Config, folder: Path, ranks: Ranks) -> Text
     model, data, cache = config.model, config.data, config.cache
     own = compute_text_identity(model, data, cache.dtype, folder) if ranks.is_main else None
     return build_text_requirement(model, data, cache, broadcast_object(own))
-
-
-def open_cache(
-    target: CacheTarget,
-    ranks: Ranks,
-    keys: Container[str],
-    repair: CacheConfig | None,
-    dry_run: bool,
-    every_byte: bool = False,
-) -> CacheState:
-    """Read the manifest's newest entries of this rank's keys.
-
-    Rank 0 first finishes the shards that a killed job left, and with `repair` verifies the cache. A bad item gets an
-    identity that no settings have, so that it counts as stale; bad text is removed from the manifest. A dry run writes
-    nothing, because another job may be running.
-
-    Args:
-        repair: the settings of the cache for a repair; None repairs nothing.
-    """
-    folder = target.folder
-    bad: dict[str, str] = {}
-    damaged: list[str] = []
-    if ranks.is_main and not dry_run:
-        target.clear_leftovers()
-    if ranks.is_main and repair is not None:
-        entries = read_latest(folder, damaged)
-        result = target.verify(entries, every_byte)
-        bad = result.bad
-        warn_of_bad_items("bad item is encoded again", result.reasons, folder)
-        if not dry_run:
-            target.drop_damaged_lines()
-            manifest = target.build_writers(repair, 0).manifest
-            for key in result.bad_text:
-                manifest.append(replace(entries[key], text=None))
-            manifest.close()
-            target.finish()
-    bad, lines_lost = broadcast_object((bad, bool(damaged)))
-    entries = read_latest(folder, keys=keys)
-    marked = {key: entry.as_stale() if key in bad else entry for key, entry in entries.items()}
-    return CacheState(marked, lines_lost, bad)
 
 
 def report_plan_of_ranks(
@@ -277,22 +226,15 @@ def report_masks(masks: str, num_masked: int, num_images: int) -> None:
 
 
 def prepare_text_job(
-    config: Config, plans: list[EncodePlan], text: TextRequirement | None, ranks: Ranks, dry_run: bool
+    config: Config, plans: list[EncodePlan], text: TextRequirement | None, ranks: Ranks
 ) -> TextJob | None:
-    """Load the text encoders on ranks that have captions to encode, and on rank 0 if `text.json` is out of date.
-
-    Rank 0 also updates `text.json`, except in a dry run.
-    """
-    folder = get_cache_folder(config)
+    """Load the text encoders on ranks that have captions to encode, and on rank 0 if `text.json` is out of date."""
     if text is None:
         return None
-    out_of_date = ranks.is_main and not is_text_state_valid(folder, text.identity)
+    out_of_date = ranks.is_main and not is_text_state_valid(get_cache_folder(config), text.identity)
     if not (out_of_date or any(plan.has_captions for plan in plans)):
         return None
-    job = load_text_job(config.model, config.data, config.cache, text.identity, ranks.device)
-    if out_of_date and not dry_run:
-        save_text_state(folder, text.identity, job, config.model)
-    return job
+    return load_text_job(config.model, config.data, config.cache, text.identity, ranks.device)
 
 
 def encode_plans(

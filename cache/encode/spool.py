@@ -1,16 +1,19 @@
 """Shards of a cache on a store: built in a local spool folder, uploaded in the background, listed once they are up.
 
-For each shard the spool holds the tar and a journal of its samples' manifest lines. They are written to the store in
+For each shard the spool holds the tar and a journal: the last number of the manifest when the job began, and the
+manifest lines of the shard's samples. They are written to the store in
 this order: the lines as `pending/<part>`, the shard, its size and checksums as `manifest/object-<shard>.json`, and the
 lines as `manifest/<part>`. After that `pending/<part>` and the files in the spool are deleted. So a killed job leaves
 nothing that another one cannot finish: a shard in the spool is uploaded, and a shard that is up is listed.
 """
 
+import re
 import secrets
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +23,7 @@ from loguru import logger
 
 from sdxl_trainer.cache.encode.storage import (
     SHARD_FOLDER,
+    SHARD_NAME,
     ShardStorage,
     read_remote_item,
     verify_item,
@@ -30,12 +34,12 @@ from sdxl_trainer.data.formats.manifest import (
     drop_damaged_lines,
     dump_entry,
     list_manifest_parts,
+    parse_entry,
     read_latest,
-    read_part,
 )
 from sdxl_trainer.data.formats.shards import ShardWriter, get_partial_path, recover_shard
 from sdxl_trainer.data.images.bucket import Size
-from sdxl_trainer.data.stores.cache_mirror import push_files
+from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, push_files
 from sdxl_trainer.data.stores.remote import StoredObject
 from sdxl_trainer.data.stores.store_lock import LockTicket
 from sdxl_trainer.data.stores.uploads import delete_objects, list_objects, put_bytes, read_bytes, upload_file
@@ -44,6 +48,8 @@ from sdxl_trainer.launch.activity import ACTIVITY
 PENDING_FOLDER = "pending"
 OBJECT_PREFIX = "object-"  # of the files in `manifest/` that hold the size and checksums of a shard
 JOURNAL_SUFFIX = ".jsonl"
+PENDING_FILE = re.compile(rf"{PENDING_FOLDER}/part-\d+-\d+x\d+-\d+-\d+\.jsonl")
+LAST_NUMBER = "last_number"  # field of the first line of a journal
 NUM_NAMES = 10**12  # of shards; a name is never used twice, because readers may keep copies
 
 
@@ -55,11 +61,18 @@ class CacheStore:
         url: URL of the cache.
         spool: folder in which this node builds shards.
         ticket: of the lock that this job holds.
+        sources: URLs of the settings' metadata, which may hold `*` and `?`. No job deletes what they name.
     """
 
     url: str
     spool: Path
     ticket: LockTicket
+    sources: tuple[str, ...] = ()
+
+    def may_delete(self, name: str) -> bool:
+        """Return whether an object has the name of this project's shards, and is not among the settings' metadata."""
+        url = f"{self.url}/{name}"
+        return is_shard(name) and not any(url == source or fnmatchcase(url, source) for source in self.sources)
 
     def publish_shard(self, file: Path, lines: bytes) -> None:
         """Upload a finished shard, and list its samples. May be called again after a kill at any point.
@@ -85,7 +98,7 @@ class CacheStore:
             objects: all objects of the cache.
         """
         stored = {item.url[len(self.url) + 1 :]: item for item in objects}
-        for name in (name for name in stored if name.startswith(f"{PENDING_FOLDER}/")):
+        for name in filter(PENDING_FILE.fullmatch, stored):
             ACTIVITY.note()
             part = name.rpartition("/")[2]
             shard = stored.get(f"{SHARD_FOLDER}/{name_shard(part)}")
@@ -118,9 +131,20 @@ class CacheStore:
         part = name_part(name)
         fields = {"file": f"{SHARD_FOLDER}/{name}", "bytes": item.size, "sha256": sha256, "checksum": item.checksum}
         self.ticket.verify()
-        put_bytes(orjson.dumps(fields), f"{self.url}/manifest/{OBJECT_PREFIX}{name}.json")
+        put_bytes(orjson.dumps(fields), f"{self.url}/{name_record(name)}")
         put_bytes(lines, f"{self.url}/manifest/{part}")
         delete_objects([f"{self.url}/{PENDING_FOLDER}/{part}"])
+
+
+def is_shard(name: str) -> bool:
+    """Return whether an object of a cache has the name of this project's shards."""
+    folder, _, file = name.rpartition("/")
+    return folder == SHARD_FOLDER and SHARD_NAME.fullmatch(file) is not None
+
+
+def name_record(shard: str) -> str:
+    """Return the object that holds the size and checksums of a shard; by it a job knows a shard as this project's."""
+    return f"{MANIFEST_FOLDER}/{OBJECT_PREFIX}{shard}.json"
 
 
 def name_part(shard: str) -> str:
@@ -137,7 +161,7 @@ def name_shard(part: str) -> str:
 def recover_spool(store: CacheStore, mirror: Path) -> None:
     """Finish, upload and list the shards that a killed job left in the spool; delete damaged ones.
 
-    Items that another job has listed meanwhile are not listed again.
+    Items that another job has listed since the killed one began are not listed: theirs are newer.
 
     Args:
         mirror: the mirror of the cache, which is up to date.
@@ -165,7 +189,7 @@ def recover_spool(store: CacheStore, mirror: Path) -> None:
 
 def _recover_shard(spool: Path, shard: Path, journal: Path, mirror: Path) -> bytes:
     """Finish a shard of a killed job. Return the lines to list, or b"" if nothing in it can be used."""
-    entries = list(read_part(journal))
+    last_number, entries = _read_journal(journal)
     end = max((_find_end(entry) for entry in entries), default=0)
     if not end:
         return b""
@@ -175,15 +199,19 @@ def _recover_shard(spool: Path, shard: Path, journal: Path, mirror: Path) -> byt
         logger.warning("{}, left by an interrupted job, is damaged; its images are encoded again", shard)
         return b""
     known = read_latest(mirror, keys=frozenset(entry.key for entry in entries))
-    new = (entry for entry in entries if entry.key not in known or not _is_same(known[entry.key], entry))
+    new = (entry for entry in entries if entry.key not in known or known[entry.key].listed_ns <= last_number)
     return b"".join(dump_entry(entry, entry.listed_ns) for entry in new)
 
 
-def _is_same(known: ManifestEntry, entry: ManifestEntry) -> bool:
-    """Return whether two entries are of the same latents and captions."""
-    captions = [None if text is None else (text.identity, text.captions_sha256) for text in (known.text, entry.text)]
-    same_image = (known.identity, known.source_sha256) == (entry.identity, entry.source_sha256)
-    return same_image and captions[0] == captions[1]
+def _read_journal(journal: Path) -> tuple[int, list[ManifestEntry]]:
+    """Return the last number of the manifest when a job began, and the entries that the job added to a shard."""
+    first, *lines = journal.read_bytes().splitlines(keepends=True) or [b""]
+    try:
+        last_number = int(orjson.loads(first)[LAST_NUMBER])
+    except (ValueError, TypeError, KeyError):
+        last_number = 0  # torn by a kill: only items that no other job has listed count
+    entries = (parse_entry(line, str(journal), logger.warning) for line in lines if line.endswith(b"\n"))
+    return last_number, [entry for entry in entries if entry is not None]
 
 
 def _find_end(entry: ManifestEntry) -> int:
@@ -208,6 +236,11 @@ class _SpooledShard:
     num_samples: int | None = None  # None: not finished
     size: int = 0
 
+    @property
+    def is_complete(self) -> bool:
+        """Return whether the shard is finished and all its samples have been appended."""
+        return self.num_samples == len(self.lines)
+
 
 class ShardUploads:
     """The manifest of a cache on a store: lists entries, those of a shard in the spool once the shard is up.
@@ -216,14 +249,12 @@ class ShardUploads:
         store: the cache.
         rank: number of this rank.
         last_number: number of the last line in the manifest.
-        after_first: called once the first shard is listed.
     """
 
-    def __init__(self, store: CacheStore, rank: int, last_number: int, after_first: Callable[[], None] | None = None):
+    def __init__(self, store: CacheStore, rank: int, last_number: int):
         self.store = store
         self._rank = rank
-        self._number = last_number
-        self._after_first = after_first
+        self._last_number = self._number = last_number
         self._shards: dict[str, _SpooledShard] = {}  # by the name that entries use
         self._loose: list[bytes] = []  # lines of shards that are up
         self._changed = threading.Condition()
@@ -244,6 +275,8 @@ class ShardUploads:
     def begin(self, path: Path) -> None:
         """Open the journal of a new shard."""
         shard = _SpooledShard(path, open(path.with_suffix(JOURNAL_SUFFIX), "xb"))
+        shard.journal.write(orjson.dumps({LAST_NUMBER: self._last_number}) + b"\n")
+        shard.journal.flush()
         with self._changed:
             self._shards[f"{SHARD_FOLDER}/{path.name}"] = shard
 
@@ -269,8 +302,12 @@ class ShardUploads:
             if shard is None:
                 self._loose.append(line)
                 return
-            shard.journal.write(line)
-            shard.journal.flush()
+            try:
+                shard.journal.write(line)
+                shard.journal.flush()
+            except OSError as error:
+                self.fail(error)
+                raise
             shard.lines.append(line)
             self._upload_if_complete(shard)
 
@@ -282,7 +319,8 @@ class ShardUploads:
         """
         with self._changed:
             while any(shard.num_samples is not None for shard in self._shards.values()) and self._error is None:
-                ACTIVITY.note()
+                if any(shard.is_complete for shard in self._shards.values()):
+                    ACTIVITY.note()
                 self._changed.wait(1.0)
             lines, self._loose = self._loose, []
         self.raise_error()
@@ -306,13 +344,19 @@ class ShardUploads:
             self._changed.wait(0.2)
         self.raise_error()
 
+    def fail(self, error: BaseException) -> None:
+        """Give up what is not up yet, because a sample was not stored or listed: its shard will never be complete."""
+        with self._changed:
+            self._error = self._error or error
+            self._changed.notify_all()
+
     def raise_error(self) -> None:
-        """Raise the error of the uploads, if there was one."""
+        """Raise the first error of the uploads or of the writers, if there was one."""
         if self._error is not None:
             raise self._error
 
     def _upload_if_complete(self, shard: _SpooledShard) -> None:
-        if shard.num_samples == len(shard.lines):
+        if shard.is_complete:
             shard.journal.close()
             self._pool.submit(self._publish, shard).add_done_callback(self._note_end)
 
@@ -323,15 +367,12 @@ class ShardUploads:
         delete_spooled(shard.path)
         with self._changed:
             del self._shards[f"{SHARD_FOLDER}/{shard.path.name}"]
-        first, self._after_first = self._after_first, None
-        if first is not None:
-            first()
 
     def _note_end(self, future: Future[None]) -> None:
         error = future.exception()
+        if error is not None:
+            self.fail(error)
         with self._changed:
-            if error is not None and self._error is None:
-                self._error = error
             self._changed.notify_all()
 
 
@@ -354,7 +395,11 @@ class SpoolStorage(ShardStorage):
         self, entry: ManifestEntry, content: bytes, record: bytes, text: bytes | None = None
     ) -> ManifestEntry:
         self._wait_for_room(len(content) + len(record) + len(text or b""))
-        return super().write_packed(entry, content, record, text)
+        try:
+            return super().write_packed(entry, content, record, text)
+        except OSError as error:
+            self._uploads.fail(error)
+            raise
 
     def _choose_path(self, bucket: Size) -> Path:
         self._folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 from loguru import logger
 
-from sdxl_trainer.data.files import create_folder, open_regular, remove_leftovers, write_atomic
+from sdxl_trainer.data.files import Span, create_folder, open_regular, remove_leftovers, write_atomic
 from sdxl_trainer.data.formats.latents import BadLatentError, LatentSample, pack_latents, parse_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry, read_entries
 from sdxl_trainer.data.formats.shards import (
@@ -31,6 +31,7 @@ from sdxl_trainer.data.stores.remote import RemoteSpan, read_spans
 from sdxl_trainer.launch.activity import ACTIVITY
 
 SHARD_FOLDER = "shards"
+SHARD_NAME = re.compile(r"\d+x\d+-\d+-\d+\.tar")
 ITEM_ERRORS = (OSError, BadLatentError, BadShardError, BadTextError)
 
 Content = bytes | memoryview
@@ -218,10 +219,8 @@ class ShardStorage:
 
 def list_shards(folder: Path) -> list[str]:
     """List the finished shards of a cache by the names that entries use."""
-    pattern = re.compile(r"\d+x\d+-\d+-\d+\.tar")
-    return sorted(
-        f"{SHARD_FOLDER}/{path.name}" for path in (folder / SHARD_FOLDER).glob("*.tar") if pattern.fullmatch(path.name)
-    )
+    names = (path.name for path in (folder / SHARD_FOLDER).glob("*.tar"))
+    return sorted(f"{SHARD_FOLDER}/{name}" for name in names if SHARD_NAME.fullmatch(name))
 
 
 def recover_shards(folder: Path, entries: Iterable[ManifestEntry]) -> list[Path]:
@@ -271,14 +270,42 @@ def read_item(folder: Path, entry: ManifestEntry) -> StoredItem:
 
 
 def read_remote_item(url: str, entry: ManifestEntry) -> StoredItem:
-    """Read the bytes of an item's latents in a shard of a cache on a store. Raises like `read_item`, and StoreError."""
-    assert entry.offset is not None and entry.record_bytes is not None, "items on stores are in shards"
+    """Read the bytes of an item's latents of a cache on a store. Raises like `read_item`, and StoreError."""
+    if entry.offset is None:  # of a copy; one byte more shows that a file is too long
+        npz = read_remote_bytes(url, entry.file, Span(0, entry.bytes + 1))
+        return _verify_item_bytes(entry, StoredItem(b"{}", npz))
+    assert entry.record_bytes is not None, "a sample of a shard has a record"
     span = compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes)
-    [content] = read_spans([RemoteSpan(f"{url}/{entry.file}", span.offset, span.size)])
+    content = memoryview(read_remote_bytes(url, entry.file, span))
+    sample = parse_sample(content, entry.key, entry.record_bytes, entry.offset, entry.bytes)
+    return _verify_item_bytes(entry, StoredItem(sample.record, sample.npz))
+
+
+def read_remote_text_item(url: str, entry: ManifestEntry) -> Content | None:
+    """Read the npz of an item's text encoder outputs of a cache on a store; None if the item has none.
+
+    Raises like `read_text_item`, and StoreError.
+    """
+    text = entry.text
+    if text is None:
+        return None
+    span = Span(0, text.bytes + 1) if text.offset is None else Span(text.offset, text.bytes)
+    content = read_remote_bytes(url, text.file, span)
+    _verify_bytes(content, text.bytes, text.sha256, BadTextError)
+    return content
+
+
+def read_remote_bytes(url: str, file: str, span: Span) -> bytes:
+    """Read a span of a file of a cache on a store; fewer bytes if the file ends before.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        StoreError: the store denies access, or does not answer.
+    """
+    [content] = read_spans([RemoteSpan(f"{url}/{file}", span.offset, span.size)])
     if isinstance(content, FileNotFoundError):
         raise content
-    sample = parse_sample(memoryview(content), entry.key, entry.record_bytes, entry.offset, entry.bytes)
-    return _verify_item_bytes(entry, StoredItem(sample.record, sample.npz))
+    return content
 
 
 def read_text_item(folder: Path, entry: ManifestEntry) -> Content | None:

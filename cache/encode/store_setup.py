@@ -2,8 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
@@ -16,8 +17,10 @@ from sdxl_trainer.cache.encode.spool import (
     ShardUploads,
     SpoolStorage,
     name_part,
+    name_record,
     recover_spool,
 )
+from sdxl_trainer.cache.encode.storage import SHARD_NAME
 from sdxl_trainer.configs.problems import FailedError, Problem, UserInputError, raise_if_any
 from sdxl_trainer.configs.schema import CacheConfig, Config
 from sdxl_trainer.data.checks.cache_store import build_store_problem
@@ -26,7 +29,8 @@ from sdxl_trainer.data.formats.manifest import find_last_number, read_entries
 from sdxl_trainer.data.formats.refused_files import get_refused_file
 from sdxl_trainer.data.formats.text_cache import EMPTY_FILE, STATE_FILE
 from sdxl_trainer.data.index.selection import get_cache_folder, get_store_url
-from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, SHARD_FOLDER, pull_cache, push_files
+from sdxl_trainer.data.metadata.shard_list import ShardListError, expand_shard_list
+from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, SHARD_FOLDER, lock_mirror, pull_cache, push_files
 from sdxl_trainer.data.stores.remote import NoRangesError, RemoteSpan, StoreError, read_spans
 from sdxl_trainer.data.stores.store_lock import HeldError, LockTicket, StoreLock
 from sdxl_trainer.launch.distributed import (
@@ -39,7 +43,7 @@ from sdxl_trainer.launch.distributed import (
 )
 
 SPOOL_FOLDER = "spool"
-OBJECT_FILE = re.compile(rf"{MANIFEST_FOLDER}/{OBJECT_PREFIX}(.*\.tar)\.json")
+RECORD_FILE = re.compile(rf"{MANIFEST_FOLDER}/{OBJECT_PREFIX}({SHARD_NAME.pattern})\.json")
 SHARDS_IN_SPOOL = 2  # of each rank at least: one that is filled, one that is uploaded
 
 
@@ -63,7 +67,7 @@ def open_store_for_ranks(config: Config, ranks: Ranks) -> Iterator[CacheStore | 
             if ranks.is_main:
                 ticket = stack.enter_context(lock_store(url))
                 pull_cache(url, get_cache_folder(config))
-        store = CacheStore(url, choose_spool(config), broadcast_object(ticket))
+        store = CacheStore(url, choose_spool(config), broadcast_object(ticket), list_sources(config))
         found = gather_objects(list(check_spool(config.cache, store.spool, count_ranks_here())))
         raise_if_any(dict.fromkeys(chain.from_iterable(found)))
         if ranks.local_rank == 0:
@@ -83,7 +87,7 @@ def open_store(config: Config) -> Iterator[CacheStore | None]:
         yield None
         return
     with name_store_errors(url), lock_store(url) as ticket:
-        store = CacheStore(url, choose_spool(config), ticket)
+        store = CacheStore(url, choose_spool(config), ticket, list_sources(config))
         raise_if_any(check_spool(config.cache, store.spool, 1))
         pull_cache(url, get_cache_folder(config))
         recover_spool(store, get_cache_folder(config))
@@ -109,16 +113,30 @@ def lock_store(url: str) -> Iterator[LockTicket]:
     Raises:
         UserInputError: another job holds the lock, or the store cannot be used.
     """
+    with hold_lock(url, "cache.dir") as ticket:
+        _try_range(url, ticket)
+        yield ticket
+
+
+@contextmanager
+def hold_lock(url: str, setting: str) -> Iterator[LockTicket]:
+    """Lock a cache on a store within the context, without the trial of reading a range.
+
+    Args:
+        setting: that names the store, for the problem.
+
+    Raises:
+        UserInputError: another job holds the lock, or the store cannot be used.
+    """
     try:
         lock = StoreLock(url)
     except HeldError as error:
         holder = f" ({error})" if str(error) else ""
         cure = "wait for that job or stop it; a lock without a heartbeat for 10 minutes is taken over"
-        raise UserInputError([Problem("cache.dir", url, f"is being written by another job{holder}", cure)]) from None
+        raise UserInputError([Problem(setting, url, f"is being written by another job{holder}", cure)]) from None
     except (FileNotFoundError, StoreError) as error:
-        raise UserInputError([build_store_problem(url, error)]) from None
+        raise UserInputError([replace(build_store_problem(url, error), key=setting)]) from None
     try:
-        _try_range(url, lock.ticket)
         yield lock.ticket
     finally:
         lock.release()
@@ -134,6 +152,21 @@ def _try_range(url: str, ticket: LockTicket) -> None:
     if len(content if isinstance(content, bytes) else b"") != 4:
         rule = "cannot be used: the store does not read ranges of bytes, by which training reads latents"
         raise UserInputError([Problem("cache.dir", url, rule, "choose another store, or a folder")])
+
+
+def list_sources(config: Config) -> tuple[str, ...]:
+    """Return the URLs of the settings' metadata, without a look-up of their `*` and `?`.
+
+    Raises:
+        UserInputError: a list of shards cannot be expanded.
+    """
+    names: list[str] = []
+    for pattern in map(str, config.data.metadata):
+        try:
+            names += expand_shard_list(pattern)
+        except ShardListError as error:
+            raise UserInputError([Problem("data.metadata", pattern, str(error), error.cure)]) from None
+    return tuple(names)
 
 
 def choose_spool(config: Config) -> Path:
@@ -167,41 +200,75 @@ def tidy_store(store: CacheStore, folder: Path) -> None:
         store.finish_pending(objects)
         objects = pull_cache(store.url, folder)
     names = {item.url[len(store.url) + 1 :] for item in objects}
-    left = list_leftovers(names, folder)
-    if left:
-        logger.info("deleting {} objects that an interrupted job left", len(left))
-        store.delete(left)
-        pull_cache(store.url, folder)
+    shards = find_leftover_shards(store, names, folder)
+    records = find_leftover_records(names - shards)
+    if not shards and not records:
+        return
+    # A record goes after its shard: without it, the next job would not know the shard as this project's.
+    store.delete(sorted(shards))
+    store.delete(sorted(records))
+    for name in sorted(shards | records):
+        logger.info("deleted {}/{}, left by an interrupted job", store.url, name)
+    pull_cache(store.url, folder)
 
 
-def list_leftovers(names: set[str], folder: Path) -> list[str]:
-    """Return the shards that no part of the manifest lists, and the checksums of shards that are neither up nor listed.
+def find_leftover_shards(store: CacheStore, names: set[str], folder: Path) -> set[str]:
+    """Return the shards of interrupted jobs: they have a record, and no part of the manifest lists them.
 
-    A part stays when its shard is gone: its items count as missing then.
+    A shard without a record may be the user's own, and stays.
 
     Args:
         names: of all objects.
         folder: the mirror, which is up to date.
     """
-    shards = {name for name in names if name.startswith(f"{SHARD_FOLDER}/")}
-    unlisted = {shard for shard in shards if _name_part(shard) not in names}
+    own = {name for name in names if store.may_delete(name) and name_record(_get_file(name)) in names}
+    unlisted = {shard for shard in own if _name_part(shard) not in names}
     if unlisted:  # a cache that was copied has parts of other names
         unlisted -= {entry.file for entry in read_entries(folder)}
-    left = list(unlisted)
-    for name in names:
-        match = OBJECT_FILE.fullmatch(name)
-        shard = f"{SHARD_FOLDER}/{match[1]}" if match else ""
-        if match and shard not in shards - unlisted and _name_part(shard) not in names:
-            left.append(name)
-    return left
+    return unlisted
+
+
+def find_leftover_records(names: set[str]) -> set[str]:
+    """Return the records of shards that are neither up nor listed.
+
+    A part of the manifest stays when its shard is gone: its items count as missing then.
+    """
+    records = {match[0]: f"{SHARD_FOLDER}/{match[1]}" for match in map(RECORD_FILE.fullmatch, names) if match}
+    return {record for record, shard in records.items() if shard not in names and _name_part(shard) not in names}
 
 
 def _name_part(shard: str) -> str:
-    return f"{MANIFEST_FOLDER}/{name_part(shard.rpartition('/')[2])}"
+    return f"{MANIFEST_FOLDER}/{name_part(_get_file(shard))}"
+
+
+def _get_file(shard: str) -> str:
+    return shard.rpartition("/")[2]
+
+
+@contextmanager
+def push_written_state(config: Config) -> Iterator[None]:
+    """Push the files that describe the cache at the end of the context, which writes them. Do nothing on disk.
+
+    Until they are on the store, a pull by another program would delete them.
+    """
+    url, folder = get_store_url(config), get_cache_folder(config)
+    if url is None:
+        yield
+        return
+    with lock_mirror(folder):
+        yield
+        push_state(url, folder)
 
 
 def push_state(url: str, folder: Path) -> None:
-    """Write the files that describe the cache to the store, if they have changed."""
+    """Write the files that describe the cache to the store, if they have changed.
+
+    Raises:
+        FailedError: `cache.json` is missing. Without it, the store holds no cache.
+        StoreError: the store denies access, or does not answer.
+    """
+    if not (folder / "cache.json").is_file():
+        raise FailedError(f"{folder / 'cache.json'} is missing: somebody has deleted it; run the same command again")
     refused = get_refused_file(folder).relative_to(folder).as_posix()
     names = (EMPTY_FILE, STATE_FILE, refused, "cache.json")
     push_files(url, folder, [name for name in names if (folder / name).is_file()])
@@ -210,9 +277,8 @@ def push_state(url: str, folder: Path) -> None:
 def build_store_storage(
     store: CacheStore, cache: CacheConfig, folder: Path, rank: int, num_ranks: int
 ) -> tuple[SpoolStorage, ShardUploads]:
-    """Build the storage and the manifest of a rank. Rank 0 writes the cache's state once it has listed a shard."""
-    after_first: Callable[[], None] | None = (lambda: push_state(store.url, folder)) if rank == 0 else None
-    uploads = ShardUploads(store, rank, find_last_number(folder), after_first)
+    """Build the storage and the manifest of a rank."""
+    uploads = ShardUploads(store, rank, find_last_number(folder))
     shard_bytes = cache.shard_mb * 1_000_000
     limit_bytes = int(cache.spool_gb * 1e9 / num_ranks)
     return SpoolStorage(uploads, cache.dtype, rank, shard_bytes, limit_bytes), uploads

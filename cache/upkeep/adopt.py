@@ -149,7 +149,7 @@ def adopt_files(
                 )
             except (OSError, BadTextError, StrategyError) as error:
                 yield key, Refusal(str(error))
-        if entry is not known.get(key):
+        if entry != known.get(key):
             yield key, entry
 
 

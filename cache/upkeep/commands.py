@@ -19,9 +19,12 @@ from sdxl_trainer.cache.encode.storage import (
     ShardStorage,
     Storage,
     read_item,
+    read_remote_item,
+    read_remote_text_item,
     read_text_item,
     recover_shards,
 )
+from sdxl_trainer.cache.encode.store_setup import push_written_state
 from sdxl_trainer.cache.encode.text_caching import (
     build_text_requirement,
     compute_text_identity,
@@ -106,10 +109,15 @@ def compact_cache(config: Config, problems: list[Problem]) -> None:
 
     Raises:
         BadCacheError: a part of the manifest has damaged lines and stays as it is.
+        UserInputError: the cache is on a store, where each shard has lines of its own.
     """
     folder = open_existing(config, problems)
     if folder is None:
         return
+    if get_store_url(config) is not None:
+        rule = "cannot be compacted: on a store, each shard has lines of its own"
+        cure = "copy the cache to a folder, and compact the copy"
+        raise UserInputError([Problem("cache.dir", config.cache.dir, rule, cure)])
     with lock_cache(folder):
         before = _measure_manifest(folder)
         kept = compact_parts(folder)
@@ -140,22 +148,24 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
     raise_if_any(check_cache_vae(folder, config.model, vae))
     rule = build_bucket_rules(config.data)[""]
     with open_target(config) as target:
-        write_identities(folder, identities, vae)
-        text = build_text_adopter(config, folder) if config.cache.text else None
+        with push_written_state(config):
+            write_identities(folder, identities, vae)
+            text = build_text_adopter(config, folder) if config.cache.text else None
         storage, manifest = target.build_writers(config.cache, 0)
-        is_stored, get_record = target.list_stored() is not None, build_record_reader(index)
+        url, get_record = get_store_url(config), build_record_reader(index)
         known = rename_entries(read_latest(folder), index.table)
         adopted, refusals, refused = 0, [], CountedWarnings("file of another program", folder / "logs" / "cache.log")
         for key, found in adopt_files(folder, index, known, identities[""], rule, text):
             if isinstance(found, ManifestEntry):
-                manifest.append(copy_to_shard(folder, storage, found, get_record) if is_stored else found)
+                manifest.append(found if url is None else copy_to_shard(folder, url, storage, found, get_record))
                 adopted += 1
             else:
                 refused.add(f"{key} is not adopted: {found.reason}")
                 refusals.append(found)
         storage.close()
         manifest.close()
-        list_refused(folder, refusals)
+        with push_written_state(config):
+            list_refused(folder, refusals)
         target.finish()
     refused.close()
     logger.info(
@@ -169,11 +179,15 @@ def adopt_cache(config: Config, problems: list[Problem]) -> None:
 
 
 def copy_to_shard(
-    folder: Path, storage: Storage, entry: ManifestEntry, get_record: Callable[[str], bytes]
+    folder: Path, url: str, storage: Storage, entry: ManifestEntry, get_record: Callable[[str], bytes]
 ) -> ManifestEntry:
-    """Copy adopted files into a shard, because only shards lie on a store. Return the entry of the copy."""
-    _, content = read_item(folder, entry)
-    text = read_text_item(folder, entry)
+    """Copy adopted files into a shard, because only shards lie on a store. Return the entry of the copy.
+
+    Latents or text that are in a shard on the store already are read from there.
+    """
+    _, content = read_item(folder, entry) if entry.offset is None else read_remote_item(url, entry)
+    is_text_stored = entry.text is not None and entry.text.offset is not None
+    text = read_remote_text_item(url, entry) if is_text_stored else read_text_item(folder, entry)
     return storage.write_packed(entry, bytes(content), get_record(entry.key), None if text is None else bytes(text))
 
 

@@ -8,6 +8,7 @@ import orjson
 from loguru import logger
 
 from sdxl_trainer.cache.encode.storage import recover_shards
+from sdxl_trainer.cache.upkeep.copy_source import CopySource
 from sdxl_trainer.cache.upkeep.copy_units import read_shard_record
 from sdxl_trainer.configs.problems import Problem, UserInputError
 from sdxl_trainer.configs.schema import Config
@@ -17,6 +18,7 @@ from sdxl_trainer.data.formats.shards import BadShardError
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.index.index import Index
 from sdxl_trainer.data.index.moved_keys import rename_entries
+from sdxl_trainer.data.index.selection import get_store_url
 
 
 class CopyRecords:
@@ -30,7 +32,7 @@ class CopyRecords:
     """
 
     def __init__(self, config: Config, folder: Path):
-        self._folder = folder
+        self.source = CopySource(folder, get_store_url(config))
         self._index = open_index(config, folder)
         listed = read_latest(folder)
         if os.access(folder, os.W_OK):
@@ -51,7 +53,7 @@ class CopyRecords:
         content = self.get_json(entry)
         if content == b"{}":
             try:
-                content = read_shard_record(self._folder, entry)
+                content = read_shard_record(self.source, entry)
             except (OSError, BadShardError):  # the copy will name the item
                 return {}
         fields = orjson.loads(content)

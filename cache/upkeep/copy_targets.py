@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Protocol
 
 from sdxl_trainer.cache.encode.cache_setup import lock_cache
+from sdxl_trainer.cache.encode.store_setup import hold_lock
 from sdxl_trainer.configs.problems import Problem
 from sdxl_trainer.data.checks.folders import check_writable
 from sdxl_trainer.data.files import write_atomic
+from sdxl_trainer.data.stores.cache_mirror import read_store_url
 from sdxl_trainer.data.stores.remote import StoreError, download, is_remote
+from sdxl_trainer.data.stores.store_lock import LockTicket
 from sdxl_trainer.data.stores.uploads import delete_objects, list_objects, put_bytes, read_bytes, upload_file
 
 NUM_UPLOADS = 8  # at once
@@ -30,6 +33,10 @@ class CopyTarget(Protocol):
 
     def lock(self) -> AbstractContextManager[None]:
         """Keep other jobs out of the target, and delete what was built outside of it."""
+        ...
+
+    def verify_lock(self) -> None:
+        """Verify that no other job has taken the lock over."""
         ...
 
     def list_names(self) -> set[str]:
@@ -80,6 +87,9 @@ class FolderTarget:
         with lock_cache(self.root):
             yield
 
+    def verify_lock(self) -> None:
+        pass  # the system keeps the lock of a folder as long as this process runs
+
     def list_names(self) -> set[str]:
         found = (path for place in ("manifest", "shards") for path in (self.root / place).glob("[!.]*"))
         return {path.relative_to(self.root).as_posix() for path in found}
@@ -129,14 +139,20 @@ class StoreTarget:
         self._url = url
         self.root, self.journal = work / "upload", work
         self._names: set[str] | None = None  # what is there, when it was last listed
+        self._ticket: LockTicket | None = None
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        self.root.mkdir(parents=True, exist_ok=True)
-        try:
-            yield
-        finally:
-            shutil.rmtree(self.root, ignore_errors=True)
+        with hold_lock(self._url, "--copy-to") as self._ticket:
+            self.root.mkdir(parents=True, exist_ok=True)
+            try:
+                yield
+            finally:
+                shutil.rmtree(self.root, ignore_errors=True)
+
+    def verify_lock(self) -> None:
+        assert self._ticket is not None, "the target is locked"
+        self._ticket.verify()
 
     def list_names(self) -> set[str]:
         self._names = {item.url.removeprefix(f"{self._url}/") for item in list_objects(self._url)}
@@ -177,6 +193,9 @@ class StoreTarget:
 def check_target(target: str, source: Path) -> Iterator[Problem]:
     """Yield a problem if a cache cannot be copied to a target: it is the cache itself, or cannot be written."""
     if is_remote(target):
+        url = read_store_url(source)
+        if url is not None and f"{target.rstrip('/')}/".startswith(f"{url}/"):
+            yield Problem("--copy-to", target, "lies in the cache that is copied", "give an address outside of it")
         try:
             list_objects(target.rstrip("/"))
         except (StoreError, OSError) as error:

@@ -10,18 +10,16 @@ import orjson
 
 from sdxl_trainer.cache.encode.pipeline import choose_text_file
 from sdxl_trainer.cache.encode.storage import (
-    ITEM_ERRORS,
     SHARD_FOLDER,
     NpzStorage,
-    read_item,
-    read_text_item,
+    read_remote_bytes,
     verify_item,
     verify_text_item,
 )
 from sdxl_trainer.cache.upkeep.copy_request import CopiedItem
+from sdxl_trainer.cache.upkeep.copy_source import CopySource
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.files import Span
-from sdxl_trainer.data.formats.latents import parse_latents
 from sdxl_trainer.data.formats.manifest import ManifestEntry
 from sdxl_trainer.data.formats.shards import (
     BadShardError,
@@ -33,7 +31,6 @@ from sdxl_trainer.data.formats.shards import (
     get_partial_path,
     locate_shard,
 )
-from sdxl_trainer.data.formats.text_outputs import parse_text_outputs
 from sdxl_trainer.data.images.bucket import split_key
 from sdxl_trainer.data.index.missing_latents import choose_output_file
 
@@ -135,7 +132,7 @@ def compute_size(entry: ManifestEntry) -> int:
 
 
 def build_unit(
-    source: Path, root: Path, unit: CopyUnit, form: str | None, get_record: Callable[[ManifestEntry], bytes]
+    source: CopySource, root: Path, unit: CopyUnit, form: str | None, get_record: Callable[[ManifestEntry], bytes]
 ) -> BuiltUnit:
     """Write the files of a unit below `root`. Items that are bad in the source are left out and named.
 
@@ -145,18 +142,13 @@ def build_unit(
     built = BuiltUnit()
     writer: ShardWriter | None = None
     files = NpzStorage(root, "")
-    for item in unit.items:
-        try:
-            record, npz = read_item(source, item.source)
-            parse_latents(npz, item.source.bucket, check_crc=False)
-            text = read_text_item(source, item.source)
-            if text is not None and item.source.text is not None:
-                parse_text_outputs(text, item.source.text.variants, check_crc=False)
-        except ITEM_ERRORS as error:
-            reason = error.strerror if isinstance(error, OSError) else str(error)
+    for item, found in zip(unit.items, source.read_items([item.source for item in unit.items]), strict=True):
+        if isinstance(found, Exception):
+            reason = found.strerror if isinstance(found, OSError) and found.strerror else str(found)
             built.bad[item.source.key] = f"{item.source.file}: {item.source.key}: {reason}"
             continue
-        content, text_content = bytes(npz), None if text is None else bytes(text)
+        record, content = found.record, bytes(found.npz)
+        text_content = None if found.text is None else bytes(found.text)
         if unit.shard is None:
             name = name_file(item.entry, form or "npz")
             text_file = choose_text_file(name_file(item.entry, "npz"))
@@ -213,17 +205,22 @@ def verify_built(root: Path, built: BuiltUnit) -> None:
             raise FailedError(f"the copy in {root} is not what was written: {fault}; check the disk")
 
 
-def read_shard_record(folder: Path, entry: ManifestEntry) -> bytes:
+def read_shard_record(source: CopySource, entry: ManifestEntry) -> bytes:
     """Read the record beside an item in a shard, without its latents; `{}` for an item in a file of its own.
 
     Raises:
         OSError, BadShardError: the record cannot be read, or differs from the manifest.
+        StoreError: the store denies access, or does not answer.
     """
     if entry.offset is None or entry.record_bytes is None:
         return b"{}"
     frame = build_sample_frame(entry.key, entry.record_bytes, entry.bytes)
     start = compute_sample_span(entry.key, entry.record_bytes, entry.offset, entry.bytes).offset + len(frame.before)
-    record = bytes(OpenFile(locate_shard(folder / entry.file)).read(*Span(start, entry.record_bytes)))
+    span = Span(start, entry.record_bytes)
+    if source.url is None:
+        record = bytes(OpenFile(locate_shard(source.folder / entry.file)).read(*span))
+    else:
+        record = read_remote_bytes(source.url, entry.file, span)
     if hashlib.sha256(record).hexdigest() != entry.record_sha256:
         raise BadShardError(f"{entry.file}: {entry.key}: record differs from the manifest")
     return record

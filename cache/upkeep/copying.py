@@ -92,8 +92,8 @@ def run_copy(config: Config, folder: Path, request: CopyRequest) -> CopyResult:
     target = open_target(request.target, choose_work_folder(folder, request.target))
     with lock_cache(folder) if os.access(folder, os.W_OK) else nullcontext():
         records = CopyRecords(config, folder)
-        items = select_items(records.entries, request, records.read)
         try:
+            items = select_items(records.entries, request, records.read)
             with target.lock():
                 raise_if_any(check_identity(folder, target, request))
                 return copy_items(folder, target, items, request, config.cache.shard_mb * 1_000_000, records)
@@ -154,7 +154,7 @@ def copy_items(
         for unit in plan_units(remaining, request.form, journal.number, taken, shard_bytes):
             ACTIVITY.note()
             journal.plan(list_files(unit, request.form))
-            built = build_unit(folder, target.root, unit, request.form, records.get_json)
+            built = build_unit(records.source, target.root, unit, request.form, records.get_json)
             target.publish(built.files, lambda built=built: verify_built(target.root, built))
             with open(journal.records, "ab") as lines:
                 lines.writelines(built.records)
@@ -276,7 +276,12 @@ def count_shards(done: Mapping[str, ManifestEntry]) -> dict[str, int]:
 
 
 def finish_copy(folder: Path, target: CopyTarget, journal: Journal) -> None:
-    """Write the identity of the cache, the records of npz files and, last, the part of the manifest."""
+    """Write the identity of the cache, the records of npz files and, last, the part of the manifest.
+
+    Raises:
+        FailedError: another job has taken over the target.
+    """
+    target.verify_lock()
     for name in (*IDENTITY_FILES, EMPTY_FILE):
         if (folder / name).is_file() and target.read(name) is None:
             target.write(name, (folder / name).read_bytes())

@@ -7,10 +7,18 @@ from pathlib import Path
 import orjson
 from loguru import logger
 
-from sdxl_trainer.cache.encode.spool import OBJECT_PREFIX, CacheStore, ShardUploads, SpoolStorage, name_part
+from sdxl_trainer.cache.encode.spool import (
+    OBJECT_PREFIX,
+    CacheStore,
+    ShardUploads,
+    SpoolStorage,
+    is_shard,
+    name_part,
+    name_record,
+)
 from sdxl_trainer.cache.encode.storage import SHARD_FOLDER, read_item, read_text_item, verify_item, verify_text_item
 from sdxl_trainer.cache.upkeep.verify import VerifyResult, compute_shard_ends, verify_entries
-from sdxl_trainer.data.formats.manifest import ManifestEntry, read_latest
+from sdxl_trainer.data.formats.manifest import ManifestEntry, read_entries, read_latest
 from sdxl_trainer.data.formats.shards import END
 from sdxl_trainer.data.stores.cache_mirror import MANIFEST_FOLDER, pull_cache
 from sdxl_trainer.data.stores.remote import StoredObject, download
@@ -52,6 +60,8 @@ def verify_store(url: str, folder: Path, entries: Mapping[str, ManifestEntry], w
             bytes_read += stored[file].size
     for file, item in stored.items():
         if file not in by_shard:
+            if not is_shard(file):
+                continue  # somebody else's
             bad_shards[file] = f"{file}: holds no item that the manifest lists"
         elif item.size != ends[file] + len(END) and not any(key in bad for key in by_shard[file]):
             bad_shards[file] = f"{file}: has {item.size} bytes, but its samples take {ends[file] + len(END)}"
@@ -65,7 +75,7 @@ def find_fault(folder: Path, file: str, item: StoredObject | None) -> str | None
     if item is None:
         return "is not on the store"
     try:
-        content = (folder / MANIFEST_FOLDER / f"{OBJECT_PREFIX}{file.rpartition('/')[2]}.json").read_bytes()
+        content = (folder / name_record(file.rpartition("/")[2])).read_bytes()
         known = orjson.loads(content)
         size, checksum = int(known["bytes"]), str(known["checksum"])
     except (OSError, ValueError, TypeError, KeyError):
@@ -109,6 +119,7 @@ def replace_stored_shards(
         StoreError: the store denies access, or does not answer.
     """
     stored, entries = list_shard_objects(store.url, pull_cache(store.url, folder)), read_latest(folder)
+    stored = {file: item for file, item in stored.items() if store.may_delete(file)}
     ends = compute_shard_ends(stored, entries.values())
     outdated = {file for file, item in stored.items() if item.size != ends[file] + len(END)}
     outdated |= set(_list_small({file: item.size for file, item in stored.items()}, small_bytes))
@@ -116,6 +127,7 @@ def replace_stored_shards(
     for entry in entries.values():
         if entry.file in outdated:
             held[entry.file].append(entry)
+    outdated -= _find_unknown(folder, {file for file, items in held.items() if not items})
     work = store.spool / WORK_FOLDER
     for file, items in held.items():
         ACTIVITY.note()
@@ -134,16 +146,22 @@ def replace_stored_shards(
     storage.close()
     uploads.sync()
     gone = _list_gone(folder, entries.values()) - stored.keys()
-    for file in outdated | gone:
+    for file in outdated | set(filter(store.may_delete, gone)):
         name = file.rpartition("/")[2]
-        # The shard goes last: one that no part lists is deleted by the next job.
-        store.delete([f"{MANIFEST_FOLDER}/{name_part(name)}"])
-        store.delete([f"{MANIFEST_FOLDER}/{OBJECT_PREFIX}{name}.json", file])
+        # The next job deletes a shard that has a record and that no part lists. So the record goes last.
+        for each in (f"{MANIFEST_FOLDER}/{name_part(name)}", file, name_record(name)):
+            store.delete([each])
     if outdated or gone:
         pull_cache(store.url, folder)
     for file in sorted(outdated):
         logger.info("replaced {}, which was partly out of date", file)
     return sorted(outdated)
+
+
+def _find_unknown(folder: Path, files: set[str]) -> set[str]:
+    """Return the shards that have no record and that no line of the manifest lists. They may be the user's own."""
+    unknown = {file for file in files if not (folder / name_record(file.rpartition("/")[2])).is_file()}
+    return unknown - {entry.file for entry in read_entries(folder)} if unknown else unknown
 
 
 def _list_gone(folder: Path, entries: Iterable[ManifestEntry]) -> set[str]:

@@ -247,7 +247,7 @@ def read_part(
             if keys is not None and _has_other_key(line, keys):
                 continue
             place = f"{part}:{number}"
-            entry = _parse_entry(line, place, warnings.add) if line.endswith(b"\n") else None
+            entry = parse_entry(line, place, warnings.add) if line.endswith(b"\n") else None
             if entry is None:
                 damaged.append(place)
             else:
@@ -260,7 +260,13 @@ def _has_other_key(line: bytes, keys: Container[str]) -> bool:
     return line.startswith(KEY_MARK) and b"\\" not in key and key.decode("utf-8", "replace") not in keys
 
 
-def _parse_entry(line: bytes, place: str, warn: Callable[[str], None]) -> ManifestEntry | None:
+def parse_entry(line: bytes, place: str, warn: Callable[[str], None]) -> ManifestEntry | None:
+    """Return the entry of a line; None if the line is damaged.
+
+    Args:
+        place: of the line.
+        warn: called with a message that names the place of a damaged line.
+    """
     try:
         fields = _load_line(line)
         source = fields.pop("source")
@@ -327,7 +333,7 @@ def drop_damaged_lines(folder: Path) -> None:
             manifest_columns.drop_damaged_groups(part)
             continue
         lines = part.read_bytes().splitlines(keepends=True)
-        whole = [line for line in lines if line.endswith(b"\n") and _parse_entry(line, "", lambda _: None) is not None]
+        whole = [line for line in lines if line.endswith(b"\n") and parse_entry(line, "", lambda _: None) is not None]
         if len(whole) != len(lines):
             write_atomic(part, b"".join(whole))
 

@@ -8,6 +8,7 @@ import hashlib
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import orjson
@@ -47,7 +48,7 @@ def pull_cache(url: str, folder: Path) -> list[StoredObject]:
         StoreError: the store denies access, or does not answer.
     """
     create_folder(folder / MANIFEST_FOLDER)
-    with FileLock(folder / ".pull.lock"):
+    with lock_mirror(folder):
         objects = list_objects(url)
         wanted = {name: item for item in objects if is_mirrored(name := item.url[len(url) + 1 :])}
         known = _read_versions(folder)
@@ -65,6 +66,11 @@ def pull_cache(url: str, folder: Path) -> list[StoredObject]:
         if versions != known or not (folder / STORE_FILE).is_file():
             write_atomic(folder / STORE_FILE, orjson.dumps({"url": url, "versions": versions}))
     return objects
+
+
+def lock_mirror(folder: Path) -> AbstractContextManager:
+    """Return a context in which no program pulls the mirror. A pull deletes the files that the store lacks."""
+    return FileLock(folder / ".pull.lock")
 
 
 def push_files(url: str, folder: Path, names: Sequence[str]) -> None:

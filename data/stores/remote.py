@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -35,7 +36,11 @@ RETRY_LIMIT_SECONDS = 60.0  # retries end after this time, because the back ends
 NUM_THREADS = 32
 SHARD_SUFFIX = ".tar"
 MIN_OBJECTS_TO_LIST = 32  # for fewer objects, each one is described without a listing of its folder
-VERSION_FIELDS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created")
+VERSION_FIELDS = (
+    *("ETag", "etag", "md5Hash", "crc32c", "LastModified", "last_modified", "updated", "mtime", "created"),
+    *("Last-Modified", "Content-MD5", "Digest"),  # of HTTP servers
+)
+TIME_FIELDS = ("LastModified", "last_modified", "mtime", "created")
 CHECKSUM_FIELDS = ("md5Hash", "content_md5", "ETag", "etag")
 # Errors of libraries that may not be installed. A library that is not loaded cannot have raised an error.
 FOREIGN_ERRORS = (
@@ -82,6 +87,7 @@ class StoredObject:
     size: int  # UNKNOWN_BYTES for a stream
     version: str  # differs from the version of an earlier object with this URL
     checksum: str = ""  # as the store names it, such as an ETag; "" if it names none
+    modified: float | None = None  # time of the last change by the store's clock; None if it names none
 
 
 def is_remote(name: str | Path) -> bool:
@@ -326,7 +332,16 @@ def build_stored_object(url: str, fields: Mapping[str, Any]) -> StoredObject:
     """Return an object from the fields by which fsspec describes it."""
     version = "|".join(str(fields[name]) for name in VERSION_FIELDS if fields.get(name) is not None)
     checksum = next((str(fields[name]).strip('"') for name in CHECKSUM_FIELDS if fields.get(name)), "")
-    return StoredObject(url, int(fields["size"]), f"{fields['size']}|{version}", checksum)
+    return StoredObject(url, int(fields["size"]), f"{fields['size']}|{version}", checksum, _find_time(fields))
+
+
+def _find_time(fields: Mapping[str, Any]) -> float | None:
+    for value in map(fields.get, TIME_FIELDS):
+        if isinstance(value, datetime):
+            return value.timestamp()
+        if isinstance(value, (int, float)):
+            return float(value)
+    return None
 
 
 def call_with_retries(url: str, attempts: int, call: Callable[[], T]) -> T:

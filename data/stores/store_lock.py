@@ -1,10 +1,12 @@
 """Lock of a cache on a store, which only one job may write at a time. It names the job that holds it.
 
 The lock is an object `lock/<number>.json`. A job takes it by writing the next number, which only one of several jobs
-can do, because the store refuses to replace an object. The holder writes its heartbeat into its object. The highest
-number holds the lock; a job whose number is no longer the highest ends.
+can do, because the store refuses to replace an object. The holder writes its object again as its heartbeat, whose age
+is measured by the store's clock, because the clocks of machines differ. The highest number holds the lock; a job whose
+number is no longer the highest ends.
 """
 
+import math
 import os
 import secrets
 import socket
@@ -20,7 +22,7 @@ from loguru import logger
 
 from sdxl_trainer.configs.problems import FailedError
 from sdxl_trainer.data.stores.remote import StoreError
-from sdxl_trainer.data.stores.uploads import delete_objects, list_objects, put_bytes, read_bytes
+from sdxl_trainer.data.stores.uploads import delete_objects, describe_object, list_objects, put_bytes, read_bytes
 
 LOCK_FOLDER = "lock"
 HEARTBEAT_SECONDS = 60.0
@@ -83,14 +85,15 @@ class StoreLock:
     def _take(self) -> LockTicket:
         numbers = _find_numbers(self._url)
         if numbers and (holder := _read_holder(_name_lock(self._url, numbers[-1]))) is not None:
-            if is_held(holder):
-                raise HeldError(describe_holder(holder))
-            logger.warning("the lock of {} is taken over: {}", self._url, describe_holder(holder))
+            age_seconds = _measure_age(self._url, numbers[-1], holder)
+            if is_held(holder, age_seconds):
+                raise HeldError(describe_holder(holder, age_seconds))
+            logger.warning("the lock of {} is taken over: {}", self._url, describe_holder(holder, age_seconds))
         ticket = LockTicket(self._url, numbers[-1] + 1 if numbers else 1)
         name = ticket.name
         if not put_bytes(self._dump(), name, only_if_absent=True):
             holder = _read_holder(name)
-            raise HeldError("" if holder is None else describe_holder(holder))
+            raise HeldError("" if holder is None else describe_holder(holder, 0.0))
         if put_bytes(b"{}", name, only_if_absent=True):
             put_bytes(self._dump(), name)
             logger.warning("{} does not refuse to replace objects. Let no other job write it", self._url)
@@ -123,20 +126,35 @@ def describe_process() -> dict[str, Any]:
     }
 
 
-def is_held(holder: dict[str, Any]) -> bool:
-    """Return whether a job still holds the lock: it was alive 10 minutes ago, and has not ended here."""
-    age_seconds = time.time() - float(holder["heartbeat"])
+def is_held(holder: dict[str, Any], age_seconds: float) -> bool:
+    """Return whether a job still holds the lock: it was alive 10 minutes ago, and has not ended here.
+
+    Args:
+        age_seconds: age of its heartbeat.
+    """
     if age_seconds > STALE_SECONDS:
         return False
     ended_here = holder["machine"] == _identify_machine() and _read_start(holder["process"]) != holder["process_start"]
     return not ended_here
 
 
-def describe_holder(holder: dict[str, Any]) -> str:
+def describe_holder(holder: dict[str, Any], age_seconds: float) -> str:
     """Describe the job that holds a lock."""
-    age_seconds = max(0.0, time.time() - float(holder["heartbeat"]))
     who = f"host {holder['host']}, process {holder['process']}, started {holder['started']}"
-    return f"{who}, heartbeat {age_seconds:.0f} s ago"
+    return f"{who}, heartbeat {max(0.0, age_seconds):.0f} s ago"
+
+
+def _measure_age(url: str, number: int, holder: dict[str, Any]) -> float:
+    """Return the seconds since the heartbeat of a lock, by the clocks of both machines if the store names no times."""
+    probe = f"{url}/{LOCK_FOLDER}/clock-{secrets.token_hex(8)}"
+    put_bytes(b"{}", probe)
+    try:
+        beat, now = describe_object(_name_lock(url, number)).modified, describe_object(probe).modified
+    except FileNotFoundError:
+        return math.inf  # the lock has been given back
+    finally:
+        delete_objects([probe])
+    return time.time() - float(holder["heartbeat"]) if beat is None or now is None else now - beat
 
 
 def _find_numbers(url: str) -> list[int]:

@@ -1,6 +1,7 @@
 """A cache on an S3 server: the same latents as on disk, nothing encoded twice, faults and mistakes named."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,7 +28,7 @@ from sdxl_trainer.data.loading.loader import build_dataset, build_plan, iterate_
 from sdxl_trainer.data.loading.micro_batch import MicroBatch  # noqa: E402
 from sdxl_trainer.data.order.plan import Position  # noqa: E402
 from sdxl_trainer.data.stores import remote, store_lock  # noqa: E402
-from sdxl_trainer.data.stores.cache_mirror import name_mirror  # noqa: E402
+from sdxl_trainer.data.stores.cache_mirror import name_mirror, pull_cache  # noqa: E402
 from sdxl_trainer.data.stores.uploads import list_objects, put_bytes, read_bytes  # noqa: E402
 
 BUCKET = "caches"
@@ -79,8 +80,12 @@ def read_report(settings: Path, name: str) -> dict:
     return orjson.loads((get_mirror(settings, name) / "cache_report.json").read_bytes())
 
 
-def read_store(name: str, folder: Path) -> dict[str, ManifestEntry]:
-    """Return the entries on the store, as another machine finds them. Each shard is whole and listed."""
+def read_store(name: str, folder: Path, has_records: bool = True) -> dict[str, ManifestEntry]:
+    """Return the entries on the store, as another machine finds them. Each shard is whole and listed.
+
+    Args:
+        has_records: each shard has a record of its size and checksums, which a copy has not.
+    """
     url = f"s3://{BUCKET}/{name}"
     objects = {item.url[len(url) + 1 :]: item.size for item in list_objects(url)}
     (folder / "manifest").mkdir(parents=True)
@@ -92,7 +97,7 @@ def read_store(name: str, folder: Path) -> dict[str, ManifestEntry]:
     assert {shard: objects[shard] - 1024 for shard in shards} == compute_shard_ends(shards, entries.values())
     assert not [name for name in objects if name.startswith(("pending/", "lock/"))]
     assert {name for name in objects if name.startswith("manifest/object-")} == {
-        f"manifest/object-{shard.removeprefix('shards/')}.json" for shard in shards
+        f"manifest/object-{shard.removeprefix('shards/')}.json" for shard in shards if has_records
     }
     assert {"cache.json", "text.json", "manifest/empty_te_outputs.npz"} <= objects.keys()
     return entries
@@ -204,6 +209,40 @@ def test_small_shards_are_joined_and_files_of_others_adopted(settings, local, pr
     assert "a cache on a store holds shards only" in capsys.readouterr().err
 
 
+def test_text_of_others_is_adopted_for_latents_on_the_store(settings, local, proxy, tmp_path):
+    words = list_words(settings, "text")
+    assert run_job(settings, *words, "cache.text=false") == 0
+    beside = ("cache.dir=null", "cache.format=npz", "cache.text=true", f"run.dir={tmp_path / 'beside'}")
+    assert run_job(settings, *beside) == 0
+    assert run_job(settings, *words, "--adopt") == 0
+    for file in settings.parent.rglob("data/**/*.npz"):
+        file.unlink()
+    assert run_job(settings, *words) == 0 and read_report(settings, "text")["encoded"] == 0
+    assert hash_entries(read_store("text", tmp_path / "a")) == local
+
+
+def test_a_cache_is_copied_from_a_store(settings, local, proxy, tmp_path, capsys):
+    words, url = list_words(settings, "source"), f"s3://{BUCKET}/source"
+    assert run_job(settings, *words) == 0
+    assert run_job(settings, *words, "--copy-to", tmp_path / "npz", "--as", "npz") == 0
+    assert hash_entries(read_latest(tmp_path / "npz")) == local
+    assert run_job(settings, f"cache.dir={tmp_path / 'npz'}", "cache.text=true", "--verify") == 0
+    query = (*words, "data.metadata=[]", "--where", "bucket_width > 128 and caption exists")
+    assert run_job(settings, *query, "--copy-to", f"s3://{BUCKET}/few") == 0
+    found = read_store("few", tmp_path / "few", has_records=False)
+    assert 0 < len(found) < len(local) and all(local[key] == value for key, value in hash_entries(found).items())
+    shard = list_objects(f"{url}/shards")[0]
+    s3fs.S3FileSystem().rm_file(shard.url)
+    assert run_job(settings, *words, "--copy-to", tmp_path / "rest") == 1
+    capsys.readouterr()
+    for more, text in (
+        (("--copy-to", f"{url}/x"), "lies in the cache that is copied"),
+        (("--compact",), "cannot be compacted: on a store, each shard has lines of its own"),
+    ):
+        assert run_job(settings, *words, *more) == 2
+        assert text in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_job_succeeds_in_spite_of_faults_of_a_moment(settings, local, proxy, tmp_path):
     proxy.choose_fault = choose_randomly(0.08, seed=1)
     assert run_job(settings, *list_words(settings, "faults")) == 0
@@ -239,18 +278,48 @@ def test_a_shard_that_was_uploaded_and_not_listed_is_listed(settings, local, pro
     assert run_job(settings, *words) == 1
     monkeypatch.setattr(spool.CacheStore, "_list_shard", list_shard)
     assert len(list_objects(f"{url}/shards")) == len(list_objects(f"{url}/pending")) == 1
-    put_bytes(b"nobody's", f"{url}/shards/64x64-00000-1.tar")
+    put_bytes(b"of a job that was killed while it replaced it", f"{url}/shards/64x64-00000-1.tar")
+    put_bytes(b"{}", f"{url}/manifest/object-64x64-00000-1.tar.json")
     assert run_job(settings, *words, f"run.dir={tmp_path / 'other'}") == 0  # on another machine: without the spool
     report = orjson.loads((name_mirror(tmp_path / "other", url) / "cache_report.json").read_bytes())
     assert report["encoded"] < len(local)
     assert hash_entries(read_store("unlisted", tmp_path / "a")) == local
 
 
+def test_a_pull_during_the_first_upload_leaves_the_state_of_the_cache(settings, local, proxy, tmp_path, monkeypatch):
+    words, url, publish = list_words(settings, "pulled"), f"s3://{BUCKET}/pulled", spool.CacheStore.publish_shard
+
+    def pull_and_publish(self: spool.CacheStore, file: Path, lines: bytes) -> None:
+        pull_cache(url, get_mirror(settings, "pulled"))  # as a dry run, the doctor and a training do
+        publish(self, file, lines)
+
+    monkeypatch.setattr(spool.CacheStore, "publish_shard", pull_and_publish)
+    assert run_job(settings, *words) == 0
+    assert hash_entries(read_store("pulled", tmp_path / "a")) == local
+    s3fs.S3FileSystem().rm_file(f"{url}/cache.json")
+    assert run_job(settings, *words, "--repair") == 0
+    assert hash_entries(read_store("pulled", tmp_path / "b")) == local
+
+
+def test_objects_of_the_user_in_the_folder_of_a_cache_stay(settings, proxy, tmp_path):
+    words, store = list_words(settings, "user"), s3fs.S3FileSystem()
+    names = ("", "README.md", "0001.tar", "train-0001.tar", "sub/64x64-00000-00001.tar", "64x64-00000-00001.tar")
+    keys = {f"user/{folder}/{name}" for folder in ("shards", "pending") for name in names}
+    for key in keys:
+        store.call_s3("put_object", Bucket=BUCKET, Key=key, Body=b"the user's")
+    for command in ((), ("--repair",), ("--pack",)):
+        assert run_job(settings, *words, *command) == 0
+    found = {item["Key"] for item in store.call_s3("list_objects_v2", Bucket=BUCKET, Prefix="user/")["Contents"]}
+    assert keys <= found and "user/cache.json" in found
+    store.call_s3("delete_object", Bucket=BUCKET, Key="user/shards/64x64-00000-00001.tar")
+    assert run_job(settings, *words, "--verify") == 0
+
+
 def write_lock(url: str, **fields: object) -> None:
     put_bytes(orjson.dumps({**store_lock.describe_process(), "host": "node7", **fields}), f"{url}/lock/00000004.json")
 
 
-def test_mistakes_are_named_before_anything_is_encoded(settings, proxy, tmp_path, capsys):
+def test_mistakes_are_named_before_anything_is_encoded(settings, proxy, tmp_path, capsys, monkeypatch):
     url = f"s3://{BUCKET}/mistakes"
     words = list_words(settings, "mistakes")
 
@@ -271,11 +340,13 @@ def test_mistakes_are_named_before_anything_is_encoded(settings, proxy, tmp_path
     proxy.ignores_ranges = True
     assert "does not read ranges of bytes" in fail()
     proxy.ignores_ranges = False
-    write_lock(url, machine="another", heartbeat=time.time() - 60)
+    write_lock(url, machine="another", heartbeat=time.time() - 700)  # its clock is behind, or ours is ahead
     error = fail()
-    assert "is being written by another job (host node7, process" in error and "heartbeat 6" in error
+    assert re.search(r"is being written by another job \(host node7, process .*, heartbeat \d s ago\)", error)
     assert "without a heartbeat for 10 minutes is taken over" in error
-    write_lock(url, machine="another", heartbeat=time.time() - 601)
+    write_lock(url, machine="another", heartbeat=time.time() + 86400)
+    monkeypatch.setattr(store_lock, "STALE_SECONDS", 1)
+    time.sleep(2.1)
     assert run_job(settings, *words) == 0
     read_store("mistakes", tmp_path / "a")
 

@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
 from cache_samples import hash_items, list_files, run_job, write_settings
@@ -17,6 +18,8 @@ from sdxl_trainer.data.formats.manifest import read_latest
 from sdxl_trainer.data.formats.shards import iterate_members
 from sdxl_trainer.data.images.demo_set import draw_demo_set
 from sdxl_trainer.data.index.index import open_record_index, open_sample_index
+from sdxl_trainer.data.stores.store_lock import StoreLock
+from sdxl_trainer.data.stores.uploads import list_objects, put_bytes
 
 
 @pytest.fixture(scope="module")
@@ -277,6 +280,30 @@ def test_a_stopped_copy_of_another_request_leaves_nothing(
     assert {f"shards/{path.name}" for path in (target / "shards").iterdir()} == {
         entry.file for entry in read_latest(target).values()
     }
+
+
+def test_no_copy_goes_to_a_store_that_another_job_writes(
+    filled: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    url, held = "memory://locked/copy", StoreLock("memory://locked/copy")
+    assert copy(filled, "shards", "--copy-to", url) == 2
+    assert f"--copy-to = '{url}' is being written by another job (host" in " ".join(capsys.readouterr().err.split())
+    held.release()
+    finish = copying.finish_copy
+
+    def finish_late(*arguments):  # pyright: ignore[reportMissingParameterType]
+        put_bytes(b"{}", f"{url}/lock/00000009.json")  # another job has taken the lock over
+        finish(*arguments)
+
+    monkeypatch.setattr(copying, "finish_copy", finish_late)
+    assert copy(filled, "shards", "--copy-to", url) == 1
+    assert "another job has taken over the lock" in " ".join(capsys.readouterr().err.split())
+    names = [item.url.removeprefix(f"{url}/") for item in list_objects(url)]
+    assert "cache.json" not in names and not [name for name in names if name.startswith("manifest/")]
+    fsspec.filesystem("memory").rm_file(f"{url}/lock/00000009.json")
+    monkeypatch.setattr(copying, "finish_copy", finish)
+    assert copy(filled, "shards", "--copy-to", url) == 0
+    assert "cache.json" in [item.url.removeprefix(f"{url}/") for item in list_objects(url)]
 
 
 def test_a_copy_on_a_store_is_the_same(filled: Path, tmp_path: Path, stopping: list[CopyUnit]) -> None:

@@ -4,7 +4,9 @@ import io
 import json
 import os
 import re
+import threading
 from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import forkserver
 from pathlib import Path
 
@@ -398,3 +400,19 @@ def test_a_remote_file_reads_at_any_position(store):
     for _ in range(30):
         place, count = int(rng.integers(0, len(content) + 50)), int(rng.integers(0, 400))
         assert file.seek(place) == plain.seek(place) and file.read(count) == plain.read(count)
+
+
+def test_a_replaced_file_of_a_web_server_has_another_version(tmp_path):
+    class Handler(SimpleHTTPRequestHandler):
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    server, file, versions = ThreadingHTTPServer(("127.0.0.1", 0), partial(Handler, directory=tmp_path)), "a.tar", []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    for content, seconds in ((b"a" * 100, 10**9), (b"b" * 100, 2 * 10**9)):
+        (tmp_path / file).write_bytes(content)
+        os.utime(tmp_path / file, (seconds, seconds))
+        versions += remote.describe_objects([f"http://127.0.0.1:{server.server_port}/{file}"])
+    server.shutdown()
+    server.server_close()
+    assert versions[0].size == versions[1].size and versions[0].version != versions[1].version
