@@ -99,7 +99,8 @@ def check_cached_text(config: Config, index: Index | None) -> Iterator[Problem]:
     rule = damage or _describe_outdated(config, folder, index)
     if rule is not None:
         cure = "run bash launch/cache.sh with the same settings, or set cache.text: false"
-        if index.arrow_column("sha256").null_count:  # such as shards that are metadata: a job encodes nothing for them
+        is_listed, is_in_shard = (index.arrow_column(name).is_valid().to_numpy() for name in ("sha256", "offset"))
+        if (is_in_shard & ~is_listed).any():  # shards that are metadata: a job encodes nothing for them
             cure = "set cache.text: false, or cache.dir to the cache of these latents: its manifest must list them"
         yield Problem("cache.text", True, rule, cure)
 
