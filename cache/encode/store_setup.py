@@ -268,7 +268,7 @@ def push_state(url: str, folder: Path) -> None:
         StoreError: the store denies access, or does not answer.
     """
     if not (folder / "cache.json").is_file():
-        raise FailedError(f"{folder / 'cache.json'} is missing: somebody has deleted it; run the same command again")
+        raise FailedError(f"{folder / 'cache.json'} was deleted meanwhile; run the same command again")
     refused = get_refused_file(folder).relative_to(folder).as_posix()
     names = (EMPTY_FILE, STATE_FILE, refused, "cache.json")
     push_files(url, folder, [name for name in names if (folder / name).is_file()])
