@@ -345,7 +345,7 @@ class ShardUploads:
         self.raise_error()
 
     def fail(self, error: BaseException) -> None:
-        """Give up what is not up yet, because a sample was not stored or listed: its shard will never be complete."""
+        """End the uploads, because a sample was not stored or listed: its shard will never be complete."""
         with self._changed:
             self._error = self._error or error
             self._changed.notify_all()

@@ -60,9 +60,9 @@ def verify_store(url: str, folder: Path, entries: Mapping[str, ManifestEntry], w
             bytes_read += stored[file].size
     for file, item in stored.items():
         if file not in by_shard:
-            if not is_shard(file):
-                continue  # somebody else's
-            bad_shards[file] = f"{file}: holds no item that the manifest lists"
+            # Objects with other names belong to the user.
+            if is_shard(file):
+                bad_shards[file] = f"{file}: holds no item that the manifest lists"
         elif item.size != ends[file] + len(END) and not any(key in bad for key in by_shard[file]):
             bad_shards[file] = f"{file}: has {item.size} bytes, but its samples take {ends[file] + len(END)}"
     return VerifyResult(
