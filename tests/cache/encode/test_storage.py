@@ -18,6 +18,7 @@ from sdxl_trainer.cache.encode.storage import (
 )
 from sdxl_trainer.cache.upkeep.verify import verify_entries, verify_shards
 from sdxl_trainer.data.formats.latents import pack_latents, parse_latents, read_latents
+from sdxl_trainer.data.formats.manifest import ManifestWriter
 from sdxl_trainer.data.formats.shards import iterate_members
 
 BUCKETS = [(96, 64), (64, 96), (128, 128)]
@@ -97,6 +98,10 @@ def test_shards_of_a_killed_job_keep_listed_items_and_lose_all_others(tmp_path):
     result = verify_entries(tmp_path, by_key)
     assert (result.bad, result.bad_shards) == ({}, {})
     assert recover_shards(tmp_path, listed) == []
+    assert verify_shards(tmp_path, listed[:2]) == {}, "no line of the manifest names the shard, which may be the user's"
+    manifest = ManifestWriter(tmp_path, 0)
+    manifest.append(entries[1])
+    manifest.close()
     assert "bytes, but its samples" in verify_shards(tmp_path, listed[:2])["shards/64x96-00000-00000.tar"]
 
 
