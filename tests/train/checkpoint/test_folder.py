@@ -258,7 +258,7 @@ def test_a_checkpoint_is_announced_and_older_ones_are_deleted_only_if_it_is_whol
         assert time.monotonic() < deadline
         time.sleep(0.01)
     if deleted == "folder":
-        shutil.rmtree(partial)
+        shutil.rmtree(partial.rename(tmp_path / "moved"))  # at once: the writer deletes it, too
     else:
         file = partial / "state" / "rank_0.pt"
         file.write_bytes(file.read_bytes()[:-1]) if deleted == "cut" else file.unlink()
